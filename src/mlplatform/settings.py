@@ -1,0 +1,266 @@
+"""Where the platform is and how to log in to it.
+
+The same standard variables name a platform on a laptop and one on a cluster, so a notebook calls `connect` and
+does not know the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from mlplatform.errors import CredentialsError, ServiceDownError, SettingsError
+
+DATASETS_BUCKET = "mlflow-datasets"
+ARTIFACTS_BUCKET = "mlflow-artifacts"
+FEATURES_BUCKET = "feature-data-sets"
+REGISTRY_BUCKET = "feature-registry"
+NOTEBOOKS_BUCKET = "executed-notebooks"
+BUCKETS = (DATASETS_BUCKET, ARTIFACTS_BUCKET, FEATURES_BUCKET, REGISTRY_BUCKET, NOTEBOOKS_BUCKET)
+
+STATE_VARIABLE = "MLPLATFORM_STATE"
+STATE_FOLDER = ".platform"
+SETTINGS_FILE = "settings.json"
+
+# Nothing calls home, and nothing asks for a cloud machine's identity: both cost seconds on a closed network.
+QUIET = {
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "DO_NOT_TRACK": "1",
+    "FEAST_USAGE": "False",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def _variable(name: str, *, secret: bool = False) -> str:
+    # The return type is the field's, not dataclasses.Field's, as in the standard library's own stubs.
+    return field(metadata={"variable": name}, repr=not secret)  # type: ignore[no-any-return,call-overload]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Addresses and credentials of one platform; secrets stay out of its `repr`.
+
+    Attributes:
+        tracking_uri: The MLflow server, as `http://host:port`.
+        tracking_username: MLflow's user name.
+        tracking_password: MLflow's password.
+        s3_endpoint: The object store, as `http://host:port`.
+        access_key: The object store's access key id.
+        secret_key: The object store's secret access key.
+        region: The object store's region; any name will do for a local one.
+        redis: The online store in Feast's form, `host:port,password=...`.
+        feature_server: The Feast feature server, as `http://host:port`.
+    """
+
+    tracking_uri: str = _variable("MLFLOW_TRACKING_URI")
+    tracking_username: str = _variable("MLFLOW_TRACKING_USERNAME")
+    tracking_password: str = _variable("MLFLOW_TRACKING_PASSWORD", secret=True)
+    s3_endpoint: str = _variable("AWS_ENDPOINT_URL")
+    access_key: str = _variable("AWS_ACCESS_KEY_ID")
+    secret_key: str = _variable("AWS_SECRET_ACCESS_KEY", secret=True)
+    region: str = _variable("AWS_DEFAULT_REGION")
+    redis: str = _variable("REDIS_CONNECTION_STRING", secret=True)
+    feature_server: str = _variable("FEATURE_SERVER_URL")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+        """Read the standard variables.
+
+        Args:
+            environ: Variables by name, such as `os.environ`.
+
+        Raises:
+            SettingsError: A variable is missing or empty; the message names every one.
+        """
+        missing = [name for name in VARIABLES.values() if not environ.get(name)]
+        if missing:
+            raise SettingsError(f"{', '.join(missing)} not set; run 'make up', or set them for a cluster")
+        return cls(**{key: environ[name] for key, name in VARIABLES.items()})
+
+    def to_env(self) -> dict[str, str]:
+        """Give the standard variables, ready for a child process's environment."""
+        return {name: getattr(self, key) for key, name in VARIABLES.items()} | QUIET
+
+    @property
+    def redis_url(self) -> str:
+        """The online store as a URL, the form that redis-py and redis-cli read."""
+        address, *options = self.redis.split(",")
+        values = dict(option.split("=", 1) for option in options)
+        scheme = "rediss" if values.get("ssl", "").lower() == "true" else "redis"
+        password = values.get("password", "")
+        return f"{scheme}://{f':{password}@' if password else ''}{address}"
+
+
+VARIABLES = {entry.name: entry.metadata["variable"] for entry in fields(Settings)}
+
+
+def state_folder(start: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Find the folder that holds the embedded platform's state.
+
+    Args:
+        start: Where the search begins, the working directory by default.
+        environ: Variables by name; `MLPLATFORM_STATE` names the folder outright.
+
+    Returns:
+        `MLPLATFORM_STATE` if set, else `.platform` in the nearest folder, from `start` upwards, that holds
+        `feature_repo` and `notebooks`.
+
+    Raises:
+        SettingsError: No such folder: the working directory is outside a clone of the repository.
+    """
+    if environ.get(STATE_VARIABLE):
+        return Path(environ[STATE_VARIABLE]).resolve()
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "feature_repo").is_dir() and (folder / "notebooks").is_dir():
+            return folder / STATE_FOLDER
+    raise SettingsError(f"{start} is not inside a clone of the repository; change to it, or set {STATE_VARIABLE}")
+
+
+def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
+    """Find the platform, make sure that it answers, and let every library in this process find it too.
+
+    A complete set of standard variables wins, as on a cluster. An incomplete one is ignored, so that a stray
+    `AWS_ACCESS_KEY_ID` of somebody's cloud account is never mixed with a local endpoint: then the embedded
+    platform's own settings are used whole.
+
+    Args:
+        environ: Variables by name; the standard ones are written back to it.
+
+    Returns:
+        The settings in use.
+
+    Raises:
+        SettingsError: No platform was ever started here and the variables do not name one.
+        ServiceDownError: A service does not answer within seconds.
+        CredentialsError: A service refuses the credentials.
+    """
+    try:
+        settings = Settings.from_env(environ)
+    except SettingsError:
+        settings = read_settings(state_folder(environ=environ))
+    check_services(settings)
+    environ.update(settings.to_env())
+    return settings
+
+
+def read_settings(state: Path) -> Settings:
+    """Read the settings that the embedded platform keeps in its state folder.
+
+    Raises:
+        SettingsError: The file is missing or damaged.
+    """
+    path = state / SETTINGS_FILE
+    try:
+        return Settings.from_env(json.loads(path.read_text())["environment"])
+    except FileNotFoundError:
+        raise SettingsError(f"no platform was started here ({path} is missing); run 'make up'") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise SettingsError(f"{path} is damaged ({error}); run 'make clean', then 'make up'") from error
+
+
+def check_services(settings: Settings, *, timeout_s: float = 3.0) -> None:
+    """Ask each service for an authenticated answer, all at once.
+
+    Args:
+        settings: The platform to ask.
+        timeout_s: How long a service may take, in seconds.
+
+    Raises:
+        ServiceDownError: One does not answer.
+        CredentialsError: One refuses the credentials.
+    """
+    probes: tuple[Callable[[Settings, float], None], ...] = (probe_object_store, probe_online_store, probe_mlflow)
+    with ThreadPoolExecutor(len(probes)) as pool:
+        for result in [pool.submit(probe, settings, timeout_s) for probe in probes]:
+            result.result()
+
+
+def probe_object_store(settings: Settings, timeout_s: float) -> None:
+    """List the buckets.
+
+    Raises:
+        ServiceDownError: The object store does not answer.
+        CredentialsError: It refuses the keys.
+    """
+    import boto3
+    import botocore.exceptions
+    from botocore.config import Config
+
+    config = Config(connect_timeout=timeout_s, read_timeout=timeout_s, retries={"total_max_attempts": 1})
+    client = boto3.session.Session().client(
+        "s3",
+        endpoint_url=settings.s3_endpoint,
+        aws_access_key_id=settings.access_key,
+        aws_secret_access_key=settings.secret_key,
+        region_name=settings.region,
+        config=config,
+    )
+    try:
+        client.list_buckets()
+    except botocore.exceptions.ClientError as error:
+        code = error.response["Error"]["Code"]
+        if code in {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
+            raise CredentialsError(_refused("object store", settings.s3_endpoint, "AWS_ACCESS_KEY_ID")) from error
+        raise ServiceDownError(_down("object store", settings.s3_endpoint)) from error
+    except botocore.exceptions.BotoCoreError as error:
+        raise ServiceDownError(_down("object store", settings.s3_endpoint)) from error
+
+
+def probe_online_store(settings: Settings, timeout_s: float) -> None:
+    """Send `PING`.
+
+    Raises:
+        ServiceDownError: The online store does not answer.
+        CredentialsError: It refuses the password.
+    """
+    import redis
+
+    address = settings.redis.split(",", 1)[0]
+    try:
+        with redis.Redis.from_url(
+            settings.redis_url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s
+        ) as client:
+            client.ping()
+    except redis.AuthenticationError as error:
+        raise CredentialsError(_refused("online store", address, "REDIS_CONNECTION_STRING")) from error
+    except (redis.RedisError, OSError) as error:
+        raise ServiceDownError(_down("online store", address)) from error
+
+
+def probe_mlflow(settings: Settings, timeout_s: float) -> None:
+    """Ask for an experiment by id, which needs the database and the credentials; `/health` needs neither.
+
+    Raises:
+        ServiceDownError: The MLflow server does not answer.
+        CredentialsError: It refuses the user.
+    """
+    import requests
+
+    try:
+        answer = requests.get(
+            f"{settings.tracking_uri}/api/2.0/mlflow/experiments/get",
+            params={"experiment_id": "0"},
+            auth=(settings.tracking_username, settings.tracking_password),
+            timeout=timeout_s,
+        )
+    except requests.RequestException as error:
+        raise ServiceDownError(_down("MLflow server", settings.tracking_uri)) from error
+    if answer.status_code in {401, 403}:
+        raise CredentialsError(_refused("MLflow server", settings.tracking_uri, "MLFLOW_TRACKING_USERNAME"))
+    if not answer.ok:
+        raise ServiceDownError(
+            f"the MLflow server at {settings.tracking_uri} answers {answer.status_code}; see its log"
+        )
+
+
+def _down(service: str, address: str) -> str:
+    return f"the {service} at {address} does not answer; run 'make up', then 'make status'"
+
+
+def _refused(service: str, address: str, variable: str) -> str:
+    return f"the {service} at {address} refuses the credentials; check {variable}, or run 'make env' again"
