@@ -37,7 +37,7 @@ QUIET = {
 
 def _variable(name: str, *, secret: bool = False) -> str:
     # The return type is the field's, not dataclasses.Field's, as in the standard library's own stubs.
-    return field(metadata={"variable": name}, repr=not secret)  # type: ignore[no-any-return,call-overload]
+    return field(metadata={"variable": name}, repr=not secret)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,24 +142,24 @@ def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
     try:
         settings = Settings.from_env(environ)
     except SettingsError:
-        settings = read_settings(state_folder(environ=environ))
+        settings = Settings.from_env(read_state(state_folder(environ=environ)))
     check_services(settings)
     environ.update(settings.to_env())
     return settings
 
 
-def read_settings(state: Path) -> Settings:
-    """Read the settings that the embedded platform keeps in its state folder.
+def read_state(state: Path) -> dict[str, str]:
+    """Read the variables that the embedded platform keeps in its state folder.
 
     Raises:
         SettingsError: The file is missing or damaged.
     """
     path = state / SETTINGS_FILE
     try:
-        return Settings.from_env(json.loads(path.read_text())["environment"])
+        return dict(json.loads(path.read_text())["environment"])
     except FileNotFoundError:
         raise SettingsError(f"no platform was started here ({path} is missing); run 'make up'") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path} is damaged ({error}); run 'make clean', then 'make up'") from error
 
 

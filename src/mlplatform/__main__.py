@@ -1,0 +1,7 @@
+"""Run a command: `python -m mlplatform COMMAND`."""
+
+import sys
+
+from mlplatform.cli import main
+
+sys.exit(main())
