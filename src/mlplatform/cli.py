@@ -7,10 +7,16 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlplatform.errors import PlatformError
-from mlplatform.settings import state_folder
+from mlplatform.errors import NotebookError, PlatformError
+from mlplatform.settings import Settings, connect, state_folder
+
+if TYPE_CHECKING:
+    from mlplatform.notebooks import Execution
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,9 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlplatform", description="The commands behind the Makefile.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (up, down, status, env, clean, lab):
+    for command in (up, down, status, env, clean, lab, data, run):
         words = (command.__doc__ or "").strip().splitlines()[0]
         commands.add_parser(command.__name__, help=words, description=words).set_defaults(command=command)
+    options = commands.choices["run"].add_argument
+    options("notebooks", nargs="*", metavar="NOTEBOOK", help="names such as 02; those they need run too; default: all")
+    options("-p", dest="parameters", action="append", default=[], metavar="NOTEBOOK:NAME=VALUE", help="set a parameter")
+    options("--platform", choices=("embedded", "env"), default="embedded", help="where; env: as the variables say")
+    options("--output", type=Path, help="folder for executed copies and pages; default: build/notebooks")
     return parser
 
 
@@ -96,7 +107,7 @@ def clean(_: argparse.Namespace) -> None:
 
     state = state_folder()
     Embedded(state).clean()
-    shutil.rmtree(state.parent / "build", ignore_errors=True)
+    shutil.rmtree(_root() / "build", ignore_errors=True)
     _say(f"deleted {state}")
 
 
@@ -107,12 +118,88 @@ def lab(_: argparse.Namespace) -> None:
     from mlplatform.embedded import Embedded, is_free
 
     os.environ.update(Embedded(state_folder()).up(notify=_say).to_env())
+    os.chdir(_root() / "notebooks")
     port = next(port for port in range(8888, 8988) if is_free(port))
     token = secrets.token_urlsafe(24)
     os.environ["JUPYTER_TOKEN"] = token
     _say(f"JupyterLab: http://127.0.0.1:{port}/lab?token={token}")
     options = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--log-level=WARN"]
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *options, "notebooks"])  # noqa: S606
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *options])  # noqa: S606
+
+
+def data(_: argparse.Namespace) -> None:
+    """Derive data/income_data.csv again from its source and check both checksums."""
+    from mlplatform.income import derive_from_package
+
+    path = _root() / "data" / "income_data.csv"
+    derive_from_package(path)
+    _say(f"wrote {path}; both checksums are as they must be")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the notebooks in order, render them, and say where to look."""
+    from mlplatform import notebooks
+
+    root = _root()
+    chosen = notebooks.select(notebooks.find_notebooks(root / "notebooks"), options.notebooks)
+    parameters = _parameters(options.parameters, [path.stem for path in chosen])
+    for path in chosen:
+        notebooks.check_parameters(path, parameters.get(path.stem, {}))
+    settings = _platform(options.platform)
+    os.environ.update(settings.to_env())
+    output = (options.output or root / "build" / "notebooks").resolve()
+    executions = notebooks.run_all(chosen, output, parameters=parameters, notify=_say)
+    _summarise(executions, settings, output)
+    return int(any(execution.error or execution.skipped for execution in executions))
+
+
+def _platform(kind: str) -> Settings:
+    if kind == "env":
+        return connect()
+    from mlplatform.embedded import Embedded
+
+    return Embedded(state_folder()).up(notify=_say)
+
+
+def _parameters(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, object]]:
+    """Read `NOTEBOOK:NAME=VALUE`; a value is read as YAML, as papermill's own command does."""
+    import yaml
+
+    parameters: dict[str, dict[str, object]] = {}
+    for entry in given:
+        notebook, colon, assignment = entry.partition(":")
+        name, equals, value = assignment.partition("=")
+        fitting = [known for known in names if known.startswith(notebook)]
+        if not colon or not equals or len(fitting) != 1:
+            raise NotebookError(f"-p {entry!r} is not NOTEBOOK:NAME=VALUE for one of: {', '.join(names)}")
+        parameters.setdefault(fitting[0], {})[name] = yaml.safe_load(value)
+    return parameters
+
+
+def _summarise(executions: Sequence[Execution], settings: Settings, output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mlplatform.registry import MODEL_NAME, describe_champion
+
+    console = Console(soft_wrap=True)
+    table = Table("notebook", "seconds", "result")
+    for execution in executions:
+        result = "not run" if execution.skipped else execution.error or "ok"
+        table.add_row(execution.name, f"{execution.seconds:.1f}", result)
+    console.print(table)
+    with suppress(PlatformError):
+        champion = describe_champion()
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in sorted(champion.metrics.items()))
+        console.print(f"Champion    {MODEL_NAME} version {champion.version} ({champion.run_name}): {scores}")
+    console.print(f"MLflow      {settings.tracking_uri}  (user {settings.tracking_username}; password: make env)")
+    console.print(f"S3          {settings.s3_endpoint}  (keys: make env)")
+    console.print(f"Notebooks   {output}  (*.html, with outputs and plots)")
+
+
+def _root() -> Path:
+    """Find the clone's top folder."""
+    return state_folder(environ={}).parent
 
 
 def _say(line: str) -> None:

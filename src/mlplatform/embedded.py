@@ -101,7 +101,7 @@ class ServiceStatus:
 
     Attributes:
         name: The service's name.
-        state: `RUNNING`, `STOPPED`, or another of supervisor's state names.
+        state: `ready` when it answers, else supervisor's own word, such as `starting` or `fatal`.
         url: Where it listens.
         pid: Its process id, 0 when it does not run.
         uptime_s: Seconds since it started, 0 when it does not run.
@@ -205,12 +205,28 @@ class Embedded:
             SettingsError: No platform was ever started here.
         """
         environment = self._environment()
-        found = {}
+        entries = {}
         if self.running():
-            found = {entry["name"]: entry for entry in self._call("getAllProcessInfo")}
-        return [
-            _status_of(service.name, self._url(service, environment), found.get(service.name)) for service in SERVICES
-        ]
+            entries = {entry["name"]: entry for entry in self._call("getAllProcessInfo")}
+        return [self._status_of(service, environment, entries.get(service.name)) for service in SERVICES]
+
+    def _status_of(
+        self, service: Service, environment: Mapping[str, str], entry: Mapping[str, Any] | None
+    ) -> ServiceStatus:
+        url = self._url(service, environment)
+        if entry is None or not entry["pid"]:
+            return ServiceStatus(service.name, entry["statename"].lower() if entry else "stopped", url)
+        ready = self._answers(service, Settings.from_env(environment))
+        members = [psutil.Process(entry["pid"])]
+        members += members[0].children(recursive=True)
+        return ServiceStatus(
+            service.name,
+            "ready" if ready else entry["statename"].lower(),
+            url,
+            entry["pid"],
+            entry["now"] - entry["start"],
+            sum(member.memory_info().rss for member in members),
+        )
 
     @property
     def settings(self) -> Settings:
@@ -227,41 +243,18 @@ class Embedded:
                 (self.state / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
             self.state.chmod(0o700)
             previous = self._environment() if (self.state / SETTINGS_FILE).exists() else {}
-            environment = previous | self._choose_ports(previous, notify)
+            environment = previous | choose_ports(self._environ, previous, defaults=self._default_ports, notify=notify)
             environment |= {name: previous.get(name) or secrets.token_urlsafe(24) for name in SECRETS}
             environment |= _addresses(environment)
             _write_private(self.state / SETTINGS_FILE, json.dumps({"environment": environment}, indent=2))
             _write_private(self.state / "s3.json", _s3_config(environment))
             _write_private(self.state / "valkey.conf", _valkey_config(environment))
             _write_private(self.state / "basic_auth.ini", _auth_config(environment))
-        except PermissionError as error:
+        except OSError as error:
             raise SettingsError(
-                f"cannot write to {error.filename}; make it writable, or set {STATE_VARIABLE} to another folder"
+                f"cannot write {error.filename} ({error.strerror}); free it, or set {STATE_VARIABLE} to another folder"
             ) from error
         return environment
-
-    def _choose_ports(self, previous: Mapping[str, str], notify: Notify) -> dict[str, str]:
-        ports: dict[str, str] = {}
-        for service in SERVICES:
-            wanted = self._environ.get(service.variable)
-            if wanted:
-                port = _checked_port(service.variable, wanted)
-                if not is_free(port):
-                    raise PortTakenError(
-                        f"{service.variable}={port}: port {port} is taken by another program; "
-                        f"stop it, or set {service.variable} to a free port"
-                    )
-            else:
-                port = int(previous.get(service.variable, service.port if self._default_ports else 0))
-                if not port or not is_free(port):
-                    taken, port = port, free_port(avoid=ports.values())
-                    if taken:
-                        notify(f"port {taken} is taken: {service.name} listens on {port} ({service.variable})")
-            ports[service.variable] = str(port)
-        for name in INNER_PORTS:
-            port = int(previous.get(name, 0))
-            ports[name] = str(port if port and is_free(port) else free_port(avoid=ports.values()))
-        return ports
 
     def _start_supervisor(self, environment: Mapping[str, str]) -> None:
         conf = self.state / "supervisord.conf"
@@ -385,6 +378,41 @@ def make_buckets(settings: Settings) -> None:
             client.create_bucket(Bucket=bucket)
 
 
+def choose_ports(
+    environ: Mapping[str, str], previous: Mapping[str, str], *, defaults: bool, notify: Notify = lambda _: None
+) -> dict[str, str]:
+    """Choose a port for each service, and for what services keep among themselves.
+
+    Args:
+        environ: Where ports that the user set are looked up; each must be free.
+        previous: The ports of the last start, which are kept where they are free.
+        defaults: Whether the usual ports are tried at a first start.
+        notify: Called with a line for each port that is not the expected one.
+
+    Returns:
+        Ports by variable.
+
+    Raises:
+        SettingsError: A variable holds no port.
+        PortTakenError: A port that the user set is in use.
+    """
+    ports: dict[str, str] = {}
+    for service in SERVICES:
+        if environ.get(service.variable):
+            ports[service.variable] = _users_port(service.variable, environ[service.variable])
+            continue
+        port = int(previous.get(service.variable, service.port if defaults else 0))
+        if not port or not is_free(port):
+            taken, port = port, free_port(avoid=ports.values())
+            if taken:
+                notify(f"port {taken} is taken: {service.name} gets {port} instead (to choose: {service.variable})")
+        ports[service.variable] = str(port)
+    for name in INNER_PORTS:
+        port = int(previous.get(name, 0))
+        ports[name] = str(port if port and is_free(port) else free_port(avoid=ports.values()))
+    return ports
+
+
 def is_free(port: int) -> bool:
     """Say whether nothing listens on a port of the loopback address."""
     with socket.socket() as probe:
@@ -413,10 +441,14 @@ def free_port(*, avoid: Iterable[str] = ()) -> int:
     raise PortTakenError(f"no free port between {FREE_PORTS.start} and {FREE_PORTS.stop}")
 
 
-def _checked_port(variable: str, value: str) -> int:
+def _users_port(variable: str, value: str) -> str:
     if not value.isdigit() or not 1 <= int(value) <= 65_535:
         raise SettingsError(f"{variable}={value!r} is not a port; set it to a number from 1 to 65535")
-    return int(value)
+    if not is_free(int(value)):
+        raise PortTakenError(
+            f"{variable}={value}: port {value} is taken by another program; stop it, or set {variable} to a free port"
+        )
+    return value
 
 
 def _addresses(environment: Mapping[str, str]) -> dict[str, str]:
@@ -488,19 +520,6 @@ def _processes_of(state: Path) -> Iterator[psutil.Process]:
         with suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and process.environ().get(OWNER_VARIABLE) == str(state):
                 yield process
-
-
-def _status_of(name: str, url: str, entry: Mapping[str, Any] | None) -> ServiceStatus:
-    if entry is None:
-        return ServiceStatus(name, "STOPPED", url)
-    memory = 0
-    uptime = 0
-    with suppress(psutil.Error):
-        if entry["pid"]:
-            process = psutil.Process(entry["pid"])
-            memory = sum(member.memory_info().rss for member in (process, *process.children(recursive=True)))
-            uptime = entry["now"] - entry["start"]
-    return ServiceStatus(name, entry["statename"], url, entry["pid"], uptime, memory)
 
 
 def _last_line(log: Path) -> str:

@@ -1,0 +1,63 @@
+"""Fixtures for every test: a platform of the session's own, and the notebooks run on it once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlplatform import notebooks
+from mlplatform.embedded import Embedded
+from mlplatform.settings import STATE_VARIABLE, VARIABLES, Settings
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
+    """A running platform on free ports, beside whatever else runs on this machine."""
+    platform = Embedded(tmp_path_factory.mktemp("platform") / "state", environ={}, default_ports=False)
+    try:
+        platform.up()
+        yield platform
+    finally:
+        platform.clean()
+
+
+@pytest.fixture(scope="session")
+def platform(embedded: Embedded) -> Iterator[Settings]:
+    """The platform's settings, which are this process's environment too."""
+    settings = embedded.settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(STATE_VARIABLE, str(embedded.state))
+        for name, value in settings.to_env().items():
+            patch.setenv(name, value)
+        yield settings
+
+
+@pytest.fixture(scope="session")
+def executed(platform: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every notebook, run once in the order they need each other: executed copies by name.
+
+    Copies of a chain that failed are kept in `build/failed-notebooks`.
+    """
+    output = tmp_path_factory.mktemp("notebooks")
+    executions = notebooks.run_all(notebooks.find_notebooks(ROOT / "notebooks"), output)
+    problems = [f"{entry.name}: {entry.error}" for entry in executions if entry.error]
+    if problems:
+        kept = ROOT / "build" / "failed-notebooks"
+        shutil.copytree(output, kept, dirs_exist_ok=True)
+        pytest.fail(f"{'; '.join(problems)} (executed copies: {kept})", pytrace=False)
+    return {entry.name: entry.executed for entry in executions}
+
+
+@pytest.fixture
+def no_platform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No platform in the environment and a state folder that does not exist yet."""
+    for name in VARIABLES.values():
+        monkeypatch.delenv(name, raising=False)
+    state = tmp_path / "state"
+    monkeypatch.setenv(STATE_VARIABLE, str(state))
+    return state
