@@ -177,8 +177,8 @@ class Embedded:
         with _one_at_a_time():
             ran = self.running()
             if ran:
-                pid = self._supervisor().getPID()
-                self._supervisor().shutdown()
+                pid = self._call("getPID")
+                self._call("shutdown")
                 with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
                     psutil.Process(pid).wait(timeout=40)
             ran = self._end_orphans() or ran
@@ -194,7 +194,7 @@ class Embedded:
     def running(self) -> bool:
         """Say whether this platform's supervisor answers."""
         try:
-            return bool(self._supervisor().getState()["statecode"] == 1)
+            return bool(self._call("getState")["statecode"] == 1)
         except (OSError, xmlrpc.client.Error, http.client.HTTPException, SettingsError):
             return False
 
@@ -238,14 +238,14 @@ class Embedded:
 
     def _configure(self, notify: Notify) -> dict[str, str]:
         """Choose ports, make the credentials that are not there yet, write what each service reads."""
+        previous = self._environment() if (self.state / SETTINGS_FILE).is_file() else {}
+        environment = previous | choose_ports(self._environ, previous, defaults=self._default_ports, notify=notify)
+        environment |= {name: previous.get(name) or secrets.token_urlsafe(24) for name in SECRETS}
+        environment |= _addresses(environment)
         try:
             for folder in ("logs", "object-store", "online-store", "mlflow"):
                 (self.state / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
             self.state.chmod(0o700)
-            previous = self._environment() if (self.state / SETTINGS_FILE).exists() else {}
-            environment = previous | choose_ports(self._environ, previous, defaults=self._default_ports, notify=notify)
-            environment |= {name: previous.get(name) or secrets.token_urlsafe(24) for name in SECRETS}
-            environment |= _addresses(environment)
             _write_private(self.state / SETTINGS_FILE, json.dumps({"environment": environment}, indent=2))
             _write_private(self.state / "s3.json", _s3_config(environment))
             _write_private(self.state / "valkey.conf", _valkey_config(environment))
@@ -283,14 +283,12 @@ class Embedded:
             raise ServiceDownError(f"the supervisor does not start: {' '.join(reason)}; see {self.state / 'logs'}")
         _wait_until(self.running, timeout_s=20, what="the supervisor", log=self.state / "logs" / "supervisord.log")
 
-    def _supervisor(self) -> Any:
+    def _call(self, method: str, *arguments: object) -> Any:
         environment = self._environment()
         password = environment["MLPLATFORM_SUPERVISOR_PASSWORD"]
         port = environment["MLPLATFORM_SUPERVISOR_PORT"]
-        return xmlrpc.client.ServerProxy(f"http://platform:{password}@{HOST}:{port}/RPC2").supervisor
-
-    def _call(self, method: str, *arguments: object) -> Any:
-        return getattr(self._supervisor(), method)(*arguments)
+        with xmlrpc.client.ServerProxy(f"http://platform:{password}@{HOST}:{port}/RPC2") as proxy:
+            return getattr(proxy.supervisor, method)(*arguments)
 
     def _start(self, service: Service) -> None:
         try:

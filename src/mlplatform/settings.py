@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from urllib.parse import quote
 
 from mlplatform.errors import CredentialsError, ServiceDownError, SettingsError
 
@@ -91,8 +92,9 @@ class Settings:
         address, *options = self.redis.split(",")
         values = dict(option.split("=", 1) for option in options)
         scheme = "rediss" if values.get("ssl", "").lower() == "true" else "redis"
-        password = values.get("password", "")
-        return f"{scheme}://{f':{password}@' if password else ''}{address}"
+        user, password = (quote(values.get(name, ""), safe="") for name in ("username", "password"))
+        login = f"{user}:{password}@" if password else ""
+        return f"{scheme}://{login}{address}{'/' + values['db'] if 'db' in values else ''}"
 
 
 VARIABLES = {entry.name: entry.metadata["variable"] for entry in fields(Settings)}

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlplatform.embedded import INNER_PORTS, SERVICES, Embedded, choose_ports, free_port, is_free
+from mlplatform.errors import PortTakenError, ServiceDownError, SettingsError
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port on which somebody else listens."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+def test_every_port_is_another_one_and_free() -> None:
+    ports = choose_ports({}, {}, defaults=False)
+    assert set(ports) == {service.variable for service in SERVICES} | set(INNER_PORTS)
+    assert len(set(ports.values())) == len(ports)
+    assert all(is_free(int(port)) for port in ports.values())
+
+
+def test_the_ports_of_the_last_start_are_kept() -> None:
+    ports = choose_ports({}, {}, defaults=False)
+    assert choose_ports({}, ports, defaults=True) == ports
+
+
+def test_a_taken_port_that_nobody_asked_for_is_replaced_and_that_is_said(taken: int) -> None:
+    said: list[str] = []
+    ports = choose_ports({}, {"MLPLATFORM_MLFLOW_PORT": str(taken)}, defaults=False, notify=said.append)
+    assert ports["MLPLATFORM_MLFLOW_PORT"] != str(taken)
+    assert said == [
+        f"port {taken} is taken: mlflow gets {ports['MLPLATFORM_MLFLOW_PORT']} instead "
+        "(to choose: MLPLATFORM_MLFLOW_PORT)"
+    ]
+
+
+def test_a_taken_port_that_the_user_set_is_an_error_before_anything_starts(taken: int, tmp_path: Path) -> None:
+    platform = Embedded(tmp_path / "state", environ={"MLPLATFORM_S3_PORT": str(taken)}, default_ports=False)
+    with pytest.raises(PortTakenError, match=f"MLPLATFORM_S3_PORT={taken}: port {taken} is taken"):
+        platform.up()
+    assert not (tmp_path / "state" / "settings.json").exists()
+    assert not platform.running()
+
+
+@pytest.mark.parametrize("value", ["0", "65536", "http", "-1", "90.5"])
+def test_what_is_no_port_is_refused_by_its_variable(value: str) -> None:
+    with pytest.raises(SettingsError, match=r"MLPLATFORM_REDIS_PORT=.* is not a port"):
+        choose_ports({"MLPLATFORM_REDIS_PORT": value}, {}, defaults=False)
+
+
+def test_a_listener_on_every_address_takes_the_port_too() -> None:
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))  # noqa: S104
+        other.listen()
+        assert not is_free(other.getsockname()[1])
+    assert is_free(free_port())
+
+
+def test_a_state_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SettingsError, match=r"cannot write .*file.*; free it, or set MLPLATFORM_STATE"):
+        Embedded(tmp_path / "file" / "state", environ={}, default_ports=False).up()
+
+
+def test_an_on_demand_service_needs_a_running_platform(tmp_path: Path) -> None:
+    with pytest.raises(ServiceDownError, match="the platform is down; run 'make up'"):
+        Embedded(tmp_path / "state", environ={}).start("mlflow")
+
+
+def test_the_status_of_a_platform_that_never_started_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="run 'make up'"):
+        Embedded(tmp_path / "state", environ={}).status()
+
+
+def test_down_and_clean_of_what_never_ran_do_nothing(tmp_path: Path) -> None:
+    platform = Embedded(tmp_path / "state", environ={})
+    assert platform.down() is False
+    platform.clean()
+    assert list(tmp_path.iterdir()) == []

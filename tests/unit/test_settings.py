@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mlplatform.embedded import free_port
+from mlplatform.errors import ServiceDownError, SettingsError
+from mlplatform.settings import VARIABLES, Settings, connect, state_folder
+
+COMPLETE = {
+    "MLFLOW_TRACKING_URI": "http://127.0.0.1:1",
+    "MLFLOW_TRACKING_USERNAME": "admin",
+    "MLFLOW_TRACKING_PASSWORD": "hush-1",
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+    "AWS_ACCESS_KEY_ID": "platform",
+    "AWS_SECRET_ACCESS_KEY": "hush-2",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "REDIS_CONNECTION_STRING": "127.0.0.1:1,password=hush-3",
+    "FEATURE_SERVER_URL": "http://127.0.0.1:1",
+}
+
+
+def test_settings_survive_the_way_through_an_environment() -> None:
+    settings = Settings.from_env(COMPLETE)
+    assert COMPLETE.items() <= settings.to_env().items()
+    assert Settings.from_env(settings.to_env()) == settings
+
+
+@pytest.mark.parametrize("name", VARIABLES.values())
+def test_a_missing_variable_is_named(name: str) -> None:
+    with pytest.raises(SettingsError, match=rf"{name} not set; run 'make up'"):
+        Settings.from_env({key: value for key, value in COMPLETE.items() if key != name})
+
+
+def test_secrets_stay_out_of_the_repr() -> None:
+    assert "hush" not in repr(Settings.from_env(COMPLETE))
+
+
+@pytest.mark.parametrize(
+    ("connection", "url"),
+    [
+        ("redis:6379", "redis://redis:6379"),
+        ("redis:6379,password=a", "redis://:a@redis:6379"),
+        ("redis:6379,password=a=b/c,ssl=true", "rediss://:a%3Db%2Fc@redis:6379"),
+        ("redis:6379,ssl=false,db=2,username=u,password=p", "redis://u:p@redis:6379/2"),
+    ],
+)
+def test_feasts_connection_string_becomes_a_url(connection: str, url: str) -> None:
+    assert Settings.from_env(COMPLETE | {"REDIS_CONNECTION_STRING": connection}).redis_url == url
+
+
+def test_the_state_folder_is_found_from_any_folder_of_the_clone() -> None:
+    root = Path(__file__).parents[2]
+    assert state_folder(root / "tests" / "unit", {}) == root / ".platform"
+    assert state_folder(root / "notebooks", {}) == root / ".platform"
+
+
+def test_outside_of_a_clone_the_state_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="not inside a clone"):
+        state_folder(tmp_path, {})
+
+
+def test_without_a_platform_connect_says_what_to_run(no_platform: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no platform was started here .* run 'make up'"):
+        connect()
+
+
+def test_damaged_settings_are_named(no_platform: Path) -> None:
+    no_platform.mkdir()
+    (no_platform / "settings.json").write_text('{"environment": ')
+    with pytest.raises(SettingsError, match=r"settings.json is damaged .* run 'make clean'"):
+        connect()
+
+
+def test_connect_does_not_mix_a_stray_variable_with_the_embedded_platform(no_platform: Path) -> None:
+    with pytest.raises(SettingsError, match="no platform was started here"):
+        connect({"AWS_ACCESS_KEY_ID": "of-some-cloud", "MLPLATFORM_STATE": str(no_platform)})
+
+
+def test_a_platform_that_is_down_is_said_and_leaves_the_environment_alone() -> None:
+    down = f"http://127.0.0.1:{free_port()}"
+    environ = COMPLETE | {"AWS_ENDPOINT_URL": down, "MLFLOW_TRACKING_URI": down}
+    before = dict(environ)
+    with pytest.raises(ServiceDownError, match=r"at .* does not answer; run 'make up'"):
+        connect(environ)
+    assert environ == before
