@@ -1,0 +1,86 @@
+"""Feast's feature server with every endpoint closed but those that read.
+
+Feast opens its write endpoints (/push, /materialize, ...) to anyone who reaches the port. Closing is done by a list of
+what is open, so that an endpoint added by a later release stays shut. The store's own credentials can only read, too.
+
+The server is up before there are features: it answers 503 until the first `feast apply` has written a registry.
+"""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+OPEN = {("GET", "/health"), ("POST", "/get-online-features")}
+REFRESH_S = 10
+FOLDER = Path(__file__).parent
+
+
+class ReadOnly:
+    """An ASGI application that passes on what is open and answers for the rest itself."""
+
+    def __init__(self):
+        self.feast = None
+
+    def load(self):
+        """Wait for the registry, then keep it fresh, since Feast's own timer starts with a lifespan we don't run."""
+        while True:
+            try:
+                if self.feast is None:
+                    store = open_store()
+                    from feast.feature_server import get_app
+
+                    store.refresh_registry()
+                    self.feast = get_app(store)
+                    print("serving", flush=True)
+                else:
+                    store.refresh_registry()
+            except Exception as error:
+                print(f"no registry: {type(error).__name__}: {error}", flush=True)
+            time.sleep(REFRESH_S)
+
+    async def __call__(self, scope, receive, send):
+        """Answer one request."""
+        if scope["type"] == "lifespan":
+            while True:
+                message = await receive()
+                await send({"type": message["type"] + ".complete"})
+                if message["type"] == "lifespan.shutdown":
+                    return
+        if scope["type"] != "http" or (scope["method"], scope["path"]) not in OPEN:
+            await answer(send, 403, "this feature server only reads: " + ", ".join(path for _, path in sorted(OPEN)))
+        elif scope["path"] == "/health":
+            await answer(send, 200, "serving" if self.feast else "waiting for a registry; run 'make features'")
+        elif self.feast is None:
+            await answer(send, 503, "no features are registered yet; run 'make features'")
+        else:
+            await self.feast(scope, receive, send)
+
+
+async def answer(send, status, detail):
+    """Send a small JSON document."""
+    body = json.dumps({"detail": detail}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def open_store():
+    """Open the feature store, once its registry exists: Feast would write an empty one."""
+    import boto3
+    import yaml
+    from feast import FeatureStore
+
+    path = yaml.safe_load((FOLDER / "feature_store.yaml").read_text())["registry"]["path"]
+    bucket, key = path.removeprefix("s3://").split("/", 1)
+    boto3.client("s3").head_object(Bucket=bucket, Key=key)
+    return FeatureStore(fs_yaml_file=FOLDER / "feature_store.yaml")
+
+
+if __name__ == "__main__":
+    import uvicorn
+
+    app = ReadOnly()
+    threading.Thread(target=app.load, daemon=True).start()
+    uvicorn.run(app, host="0.0.0.0", port=int(os.environ.get("PORT", "6566")), access_log=False)  # noqa: S104
