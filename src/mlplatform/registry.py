@@ -1,0 +1,282 @@
+"""The model registry's rules: which run is best, when a model becomes the champion, how a champion is loaded.
+
+MLflow keeps an alias but not its past. Each decision is written as a tag on the version it concerns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import mlflow
+import pandas as pd
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models.model import ModelInfo
+from mlflow.types import DataType
+from sklearn.pipeline import Pipeline
+
+from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError
+from mlplatform.income import COLUMNS
+from mlplatform.modeling import EXPERIMENT, SCORES
+
+MODEL_NAME = "income-above-50k"
+DESCRIPTION = (
+    "Probability that a person of the 1994 census earned above 50,000 dollars a year, from eight raw categories. "
+    "For teaching: it must decide nothing about anybody."
+)
+CHAMPION = "champion"
+PREVIOUS = "previous"
+METRIC = "roc_auc_score_test"
+QUERY = "metrics.roc_auc_score_test > 0.8"
+MARGIN = 0.001
+HISTORY = "history"  # a version's tags of this beginning tell what happened to it, and when
+TEST_DATA = "test_data"
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What came of a version's challenge.
+
+    Attributes:
+        promoted: Whether the version took the alias.
+        version: The challenger.
+        over: The version that held the alias before, if any.
+        reason: One sentence, with the figures that decided.
+    """
+
+    promoted: bool
+    version: int
+    over: int | None
+    reason: str
+
+
+def search(query: str = QUERY, *, metric: str = METRIC, experiment: str = EXPERIMENT) -> pd.DataFrame:
+    """Find the finished runs that match a query, best first; of equals, the oldest first.
+
+    Args:
+        query: A filter in MLflow's language, as typed into the search bar of its UI.
+        metric: Name of the metric to order by, of which more is better.
+        experiment: Name of the experiment.
+
+    Returns:
+        One row per run: `run_id`, `name`, `start_time` (UTC) and the four metrics of `modeling.SCORES`.
+
+    Raises:
+        RegistryError: There is no such experiment, or no run that matches, or the query is no query.
+    """
+    with _translated():
+        if mlflow.get_experiment_by_name(experiment) is None:
+            raise RegistryError(f"there is no experiment {experiment!r}; run notebook 02_train_models, or 'make run'")
+        runs = mlflow.search_runs(
+            experiment_names=[experiment],
+            filter_string=f"{query} and attributes.status = 'FINISHED'",
+            order_by=[f"metrics.{metric} DESC", "attributes.start_time ASC"],
+        )
+    if runs.empty:
+        raise RegistryError(
+            f"no finished run of {experiment!r} has {query}; lower the bound, or run notebook 02_train_models"
+        )
+    runs = runs.rename(columns={"tags.mlflow.runName": "name"} | {f"metrics.{score}": score for score in SCORES})
+    return runs[["run_id", "name", "start_time", *SCORES]]
+
+
+def best_run(query: str = QUERY, *, metric: str = METRIC, experiment: str = EXPERIMENT) -> pd.Series:
+    """Give the first row of `search`.
+
+    Raises:
+        RegistryError: As in `search`.
+    """
+    return search(query, metric=metric, experiment=experiment).iloc[0]
+
+
+def register(run_id: str, *, name: str = MODEL_NAME) -> int:
+    """Register the one model of a run, once: asked again, give the version that is there.
+
+    Args:
+        run_id: MLflow's id of the run.
+        name: The registered model; it is made when it is not there yet.
+
+    Returns:
+        The version's number.
+
+    Raises:
+        RegistryError: There is no such run, or it does not have exactly one model.
+    """
+    client = mlflow.MlflowClient()
+    with _translated():
+        run = client.get_run(run_id)
+        models = run.outputs.model_outputs if run.outputs else []
+        if len(models) != 1:
+            raise RegistryError(f"run {run_id} has {len(models)} models, not one; run notebook 02_train_models again")
+        present = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        if present:
+            return int(present[0].version)
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name, description=DESCRIPTION)
+        model_id = models[0].model_id
+        tags = {TEST_DATA: _test_data(run), "run_name": run.info.run_name}
+        made = client.create_model_version(
+            name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id, tags=tags
+        )
+    return int(made.version)
+
+
+def _test_data(run: Run) -> str:
+    """Give the address of the rows that a run was tested on; it holds their digest, so it says which rows they are."""
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    tested = [entry for entry in inputs if any(tag.value == "testing" for tag in entry.tags)]
+    return ",".join(str(mlflow.data.get_source(entry).to_dict()["uri"]) for entry in tested)
+
+
+def promote(version: int, *, name: str = MODEL_NAME, metric: str = METRIC, margin: float = MARGIN) -> Promotion:
+    """Make a version the champion if it beats the champion by a margin on the same test rows.
+
+    The version that held the alias before keeps `previous`. What happened, and why, is written to both versions.
+
+    Args:
+        version: The challenger's number.
+        name: The registered model.
+        metric: Name of the metric, of which more is better.
+        margin: By how much the challenger must be better; less than that is chance.
+
+    Raises:
+        RegistryError: There is no such version, or it lacks the metric.
+    """
+    client = mlflow.MlflowClient()
+    with _translated():
+        challenger = client.get_model_version(name, str(version))
+        champion = find(CHAMPION, name=name)
+        outcome = _judge(challenger, champion, metric=metric, margin=margin)
+        if champion is not None and champion.version == challenger.version:
+            return outcome
+        if outcome.promoted:
+            if champion is not None:
+                client.set_registered_model_alias(name, PREVIOUS, champion.version)
+                _note(champion, f"replaced by version {version}")
+            client.set_registered_model_alias(name, CHAMPION, challenger.version)
+        _note(challenger, outcome.reason)
+    return outcome
+
+
+def _judge(challenger: ModelVersion, champion: ModelVersion | None, *, metric: str, margin: float) -> Promotion:
+    """Decide, from what the two versions say about themselves."""
+    version, score = int(challenger.version), _score(challenger, metric)
+    if champion is None:
+        return Promotion(True, version, None, f"promoted with {metric} {score:.4f}: there was no champion")
+    holder = int(champion.version)
+    if holder == version:
+        return Promotion(False, version, holder, f"version {version} is the champion already")
+    if challenger.tags.get(TEST_DATA) != champion.tags.get(TEST_DATA):
+        reason = f"not promoted: tested on other rows than champion {holder}, so the scores cannot be compared"
+        return Promotion(False, version, holder, reason)
+    gain = score - _score(champion, metric)
+    compared = f"{metric} {score:.4f} is {gain:+.4f} against champion {holder}, margin {margin}"
+    if gain > margin:
+        return Promotion(True, version, holder, f"promoted: {compared}")
+    return Promotion(False, version, holder, f"not promoted: {compared}")
+
+
+def _score(version: ModelVersion, metric: str) -> float:
+    run = mlflow.get_run(str(version.run_id))
+    if metric not in run.data.metrics:
+        known = ", ".join(sorted(run.data.metrics)) or "none"
+        raise RegistryError(f"version {version.version} has no metric {metric!r}; its run recorded: {known}")
+    return float(run.data.metrics[metric])
+
+
+def _note(version: ModelVersion, text: str) -> None:
+    """Write an event to a version, unless it is the last one written there already."""
+    events = sorted((key, value) for key, value in version.tags.items() if key.startswith(HISTORY))
+    if not events or events[-1][1] != text:
+        key = f"{HISTORY} {datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+        mlflow.MlflowClient().set_model_version_tag(version.name, version.version, key, text)
+
+
+def history(*, name: str = MODEL_NAME) -> pd.DataFrame:
+    """List what was decided about every version, oldest first.
+
+    Returns:
+        One row per event: `time` (UTC), `version`, `event`.
+    """
+    with _translated():
+        versions = mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
+    rows = [
+        (pd.Timestamp(key.removeprefix(HISTORY).strip()), int(entry.version), value)
+        for entry in versions
+        for key, value in entry.tags.items()
+        if key.startswith(HISTORY)
+    ]
+    return pd.DataFrame(sorted(rows), columns=["time", "version", "event"])
+
+
+def find(alias: str, *, name: str = MODEL_NAME) -> ModelVersion | None:
+    """Find the version that holds an alias; none if there is no such alias or no such model."""
+    client = mlflow.MlflowClient()
+    with _translated():
+        models = client.search_registered_models(f"name = '{name}'")
+        version = models[0].aliases.get(alias) if models else None
+        return None if version is None else client.get_model_version(name, version)
+
+
+def load_model(alias: str = CHAMPION, *, name: str = MODEL_NAME, columns: Sequence[str] = COLUMNS) -> Pipeline:
+    """Load the version that holds an alias, once its signature is the one expected.
+
+    Args:
+        alias: The alias.
+        name: The registered model.
+        columns: The raw columns that the caller will send, each text.
+
+    Returns:
+        The fitted pipeline; `modeling.probabilities` applies it.
+
+    Raises:
+        RegistryError: There is no such model or alias, or its model takes other columns, or is no pipeline.
+    """
+    version = find(alias, name=name)
+    if version is None:
+        raise RegistryError(f"no alias {alias!r} on {name!r}; run notebook 03_register_model, or 'make run'")
+    uri = f"models:/{name}/{version.version}"
+    with _translated():
+        info = mlflow.models.get_model_info(uri)
+        _check_signature(info, columns, label=f"{name!r} version {version.version}")
+        return mlflow.sklearn.load_model(uri)
+
+
+def _check_signature(model: ModelInfo, columns: Sequence[str], *, label: str) -> None:
+    inputs = model.signature.inputs if model.signature else None
+    found = {entry.name: entry.type for entry in inputs.inputs} if inputs and not inputs.is_tensor_spec() else {}
+    if list(found) != list(columns) or set(found.values()) != {DataType.string}:
+        listed = ", ".join(f"{name} {kind.name}" for name, kind in found.items()) or "no named columns"
+        raise RegistryError(
+            f"{label} takes {listed}; asked for {', '.join(columns)} as text; promote a version that takes these"
+        )
+    if "sklearn" not in model.flavors:
+        raise RegistryError(f"{label} is no scikit-learn pipeline; promote a version of notebook 02_train_models")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn MLflow's errors into ours; those without a meaning here pass unchanged."""
+    try:
+        yield
+    except MlflowException as error:
+        reason = " ".join(str(error.message).split())[:200]
+        status = error.get_http_status_code()  # type: ignore[no-untyped-call]
+        if status in {401, 403}:
+            raise CredentialsError(
+                f"the MLflow server refuses the credentials at {mlflow.get_tracking_uri()}; "
+                "check MLFLOW_TRACKING_USERNAME, or run 'make env' again"
+            ) from error
+        if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            raise RegistryError(
+                f"{reason.removeprefix(f'{error.error_code}: ')}; run notebook 02_train_models, or 'make run'"
+            ) from error
+        if "Max retries exceeded" in reason or status in {502, 503, 504}:
+            raise ServiceDownError(
+                f"the MLflow server at {mlflow.get_tracking_uri()} does not answer; run 'make up', then 'make status'"
+            ) from error
+        raise
