@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -180,7 +179,10 @@ def _summarise(executions: Sequence[Execution], settings: Settings, output: Path
     from rich.console import Console
     from rich.table import Table
 
-    from mlplatform.registry import MODEL_NAME, describe_champion
+    from mlflow import MlflowClient
+
+    from mlplatform.modeling import SCORES
+    from mlplatform.registry import CHAMPION, MODEL_NAME, find
 
     console = Console(soft_wrap=True)
     table = Table("notebook", "seconds", "result")
@@ -188,10 +190,11 @@ def _summarise(executions: Sequence[Execution], settings: Settings, output: Path
         result = "not run" if execution.skipped else execution.error or "ok"
         table.add_row(execution.name, f"{execution.seconds:.1f}", result)
     console.print(table)
-    with suppress(PlatformError):
-        champion = describe_champion()
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in sorted(champion.metrics.items()))
-        console.print(f"Champion    {MODEL_NAME} version {champion.version} ({champion.run_name}): {scores}")
+    champion = find(CHAMPION)
+    if champion and champion.run_id:
+        run = MlflowClient().get_run(champion.run_id)
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in sorted(run.data.metrics.items()) if name in SCORES)
+        console.print(f"Champion    {MODEL_NAME} version {champion.version} ({run.info.run_name}): {scores}")
     console.print(f"MLflow      {settings.tracking_uri}  (user {settings.tracking_username}; password: make env)")
     console.print(f"S3          {settings.s3_endpoint}  (keys: make env)")
     console.print(f"Notebooks   {output}  (*.html, with outputs and plots)")

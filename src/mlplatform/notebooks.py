@@ -215,7 +215,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], noti
         )
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
-        problem = f"cell {error.cell_index}: {reason}"
+        problem = f"In [{error.exec_count}]: {reason}"
     except Exception as error:
         # A kernel that died or a cell that hung: each has an exception class of its own library.
         problem = f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from mlplatform.errors import NotebookError
+from mlplatform.notebooks import check_parameters, find_notebooks, read_results, run_all, select
+
+RECORD = "from mlplatform.notebooks import record\nrecord(doubled=2 * size)"
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a notebook with a parameter `size` and the given cells."""
+
+    def write(name: str, cells: Sequence[str] = (RECORD,), needs: Sequence[str] = ()) -> Path:
+        notebook = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(source) for source in ("size: int = 1  # how many, rows", *cells)],
+            metadata={"kernelspec": KERNEL, "mlplatform": {"needs": list(needs)}},
+        )
+        notebook.cells[0].metadata["tags"] = ["parameters"]
+        path = tmp_path / f"{name}.ipynb"
+        nbformat.write(notebook, path)
+        return path
+
+    return write
+
+
+def test_parameters_reach_the_notebook_and_results_come_back(write: Write, tmp_path: Path) -> None:
+    said: list[str] = []
+    (execution,) = run_all(
+        [write("01_double")], tmp_path / "out", parameters={"01_double": {"size": 21}}, notify=said.append
+    )
+    assert execution.error == ""
+    assert read_results(execution.executed) == {"doubled": 42}
+    assert said[0] == "01_double starts"
+    assert said[1].startswith("01_double done after ")
+
+
+def test_the_page_shows_outputs_and_loads_nothing_from_elsewhere(write: Write, tmp_path: Path) -> None:
+    (execution,) = run_all([write("01_double")], tmp_path / "out")
+    page = execution.executed.with_suffix(".html").read_text()
+    assert "doubled: 2" in page
+    assert 'src="http' not in page
+    assert "cdnjs" not in page
+
+
+def test_a_failure_is_one_line_keeps_the_copy_and_stops_only_what_needs_it(write: Write, tmp_path: Path) -> None:
+    broken = write("01_broken", ["raise ValueError('no such thing\\nand more')"])
+    needing = write("02_needing", needs=["01_broken"])
+    further = write("03_further", needs=["02_needing"])
+    other = write("04_other")
+    executions = run_all([broken, needing, further, other], tmp_path / "out")
+    assert [entry.name for entry in executions] == ["01_broken", "02_needing", "03_further", "04_other"]
+    assert executions[0].error == "In [2]: ValueError: no such thing"
+    assert "ValueError" in executions[0].executed.read_text()
+    assert executions[0].executed.with_suffix(".html").exists()
+    assert [entry.skipped for entry in executions] == [False, True, True, False]
+    assert executions[3].error == ""
+
+
+def test_a_notebook_waits_for_what_it_needs(write: Write, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    first = write("02_first", [f"import pathlib; pathlib.Path({str(mark)!r}).write_text('x')"])
+    second = write("01_second", [f"import pathlib; assert pathlib.Path({str(mark)!r}).exists()"], needs=["02_first"])
+    assert [entry.error for entry in run_all([first, second], tmp_path / "out")] == ["", ""]
+
+
+def test_an_unknown_parameter_is_refused_before_anything_runs(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(NotebookError, match="01_double has no parameter 'sise'; it has: size"):
+        run_all([write("01_double")], tmp_path / "out", parameters={"01_double": {"sise": 1}})
+    assert not (tmp_path / "out").exists()
+
+
+def test_parameters_for_a_notebook_that_is_not_run_are_refused(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(NotebookError, match="'02_other', which is not run; known: 01_double"):
+        run_all([write("01_double")], tmp_path / "out", parameters={"02_other": {"size": 1}})
+
+
+def test_notebooks_that_need_each_other_are_refused(write: Write, tmp_path: Path) -> None:
+    pair = [write("01_a", needs=["02_b"]), write("02_b", needs=["01_a"])]
+    with pytest.raises(NotebookError, match="in a circle: "):
+        run_all(pair, tmp_path / "out")
+
+
+def test_a_notebook_is_chosen_by_its_beginning_with_what_it_needs(write: Write, tmp_path: Path) -> None:
+    for name, needs in (("01_a", []), ("02_b", []), ("03_c", ["02_b"])):
+        write(name, needs=needs)
+    names = [path.stem for path in select(find_notebooks(tmp_path), ["03"])]
+    assert names == ["02_b", "03_c"]
+    assert [path.stem for path in select(find_notebooks(tmp_path), [])] == ["01_a", "02_b", "03_c"]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("09", "is not there"), ("0", "fits several")])
+def test_a_name_that_fits_no_one_notebook_is_refused(write: Write, tmp_path: Path, name: str, reason: str) -> None:
+    write("01_a")
+    write("02_b")
+    with pytest.raises(NotebookError, match=f"notebook '{name}' {reason}; there are: 01_a, 02_b"):
+        select(find_notebooks(tmp_path), [name])
+
+
+def test_a_folder_without_notebooks_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(NotebookError, match="no notebook in"):
+        find_notebooks(tmp_path)
+
+
+def test_a_notebook_that_recorded_nothing_is_an_error(write: Write) -> None:
+    with pytest.raises(NotebookError, match="recorded no results"):
+        read_results(write("01_double"))
+
+
+def test_declared_parameters_pass(write: Write) -> None:
+    check_parameters(write("01_double"), {"size": 3})
