@@ -3,6 +3,8 @@
 Waiting here takes seconds; a Job that crashes until the store is up waits for minutes between its attempts.
 """
 
+# ruff: noqa: T201 (its output is the container's log)
+
 import os
 import sys
 import time

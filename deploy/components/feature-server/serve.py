@@ -6,6 +6,8 @@ what is open, so that an endpoint added by a later release stays shut. The store
 The server is up before there are features: it answers 503 until the first `feast apply` has written a registry.
 """
 
+# ruff: noqa: T201 (its output is the container's log)
+
 import json
 import os
 import threading

@@ -4,9 +4,12 @@ An upgrade may lock tables and can't be undone, so it is a step of its own: one 
 server that starts before it is through waits here instead of failing or racing its siblings.
 """
 
+# ruff: noqa: T201 (its output is the container's log)
+
 import os
 import sys
 import time
+from pathlib import Path
 
 import sqlalchemy
 from alembic.config import Config
@@ -23,9 +26,9 @@ def newest(scripts: str) -> str:
     """Return the schema version that this image's migrations lead to."""
     import mlflow
 
-    folder = os.path.join(os.path.dirname(mlflow.__file__), *scripts.split(".")[1:])
+    folder = Path(mlflow.__file__).parent.joinpath(*scripts.split(".")[1:])
     config = Config()
-    config.set_main_option("script_location", folder.replace("%", "%%"))
+    config.set_main_option("script_location", str(folder).replace("%", "%%"))
     return ScriptDirectory.from_config(config).get_current_head()
 
 
@@ -62,7 +65,7 @@ def upgrade(engine: sqlalchemy.Engine, scripts: str) -> None:
 
         import mlflow
 
-        path = os.path.join(os.path.dirname(mlflow.__file__), "server", "auth", "db", "utils.py")
+        path = Path(mlflow.__file__).parent / "server" / "auth" / "db" / "utils.py"
         spec = importlib.util.spec_from_file_location("mlflow_auth_db", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
