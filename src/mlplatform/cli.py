@@ -122,8 +122,21 @@ def lab(_: argparse.Namespace) -> None:
     token = secrets.token_urlsafe(24)
     os.environ["JUPYTER_TOKEN"] = token
     _say(f"JupyterLab: http://127.0.0.1:{port}/lab?token={token}")
-    options = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--log-level=WARN"]
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *options])  # noqa: S606
+    options = {
+        "ServerApp.ip": "127.0.0.1",
+        "ServerApp.port": port,
+        "ServerApp.port_retries": 0,
+        # In a container everybody is root; the token guards the server as it does for others.
+        "ServerApp.allow_root": True,
+        "KernelManager.transport_encryption": "required",
+        # Nothing is fetched from the internet unasked.
+        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
+        "LabApp.extension_manager": "readonly",
+        "LabApp.news_url": None,
+        "Application.log_level": "WARN",
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *flags])  # noqa: S606
 
 
 def data(_: argparse.Namespace) -> None:
@@ -176,10 +189,9 @@ def _parameters(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[st
 
 
 def _summarise(executions: Sequence[Execution], settings: Settings, output: Path) -> None:
+    from mlflow import MlflowClient
     from rich.console import Console
     from rich.table import Table
-
-    from mlflow import MlflowClient
 
     from mlplatform.modeling import SCORES
     from mlplatform.registry import CHAMPION, MODEL_NAME, find

@@ -6,8 +6,10 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import boto3
 import botocore.exceptions
@@ -19,6 +21,8 @@ import requests
 from mlplatform.embedded import OWNER_VARIABLE, Embedded
 from mlplatform.errors import CredentialsError, ServiceDownError
 from mlplatform.settings import BUCKETS, Settings, check_services, connect
+
+ROOT = Path(__file__).parents[2]
 
 
 def processes(platform: Embedded) -> list[psutil.Process]:
@@ -231,3 +235,40 @@ def assert_stored(platform: Embedded) -> None:
         timeout=10,
     )
     assert found.json()["experiment"]["name"] == "kept"
+
+
+def test_jupyterlab_opens_for_its_token_alone_and_shows_it_once(embedded: Embedded, tmp_path: Path) -> None:
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "BROWSER": "true"}
+    environ["MLPLATFORM_STATE"] = str(embedded.state)
+    with (tmp_path / "log").open("w+") as log:
+        lab = subprocess.Popen([sys.executable, "-m", "mlplatform", "lab"], cwd=ROOT, env=environ, stderr=log)
+        try:
+            page = wait_for_line(log.name, "JupyterLab: ").removeprefix("JupyterLab: ")
+            server, token = page.split("/lab?token=")
+            assert answer(f"{server}/api/contents?token={token}").status_code == 200
+            assert requests.get(f"{server}/api/contents", timeout=5).status_code == 403
+            assert server.startswith("http://127.0.0.1:")
+            assert Path(log.name).read_text().count(token) == 1
+            assert not any(token in word for word in psutil.Process(lab.pid).cmdline())
+        finally:
+            lab.terminate()
+            lab.wait(20)
+
+
+def wait_for_line(path: str, beginning: str) -> str:
+    for _ in range(600):
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(beginning):
+                return line
+        time.sleep(0.1)
+    raise AssertionError(f"no line {beginning!r} in:\n{Path(path).read_text()}")
+
+
+def answer(url: str) -> requests.Response:
+    """Ask until the server listens."""
+    for _ in range(300):
+        try:
+            return requests.get(url, timeout=5)
+        except requests.ConnectionError:
+            time.sleep(0.1)
+    raise AssertionError(f"{url.split('?')[0]} does not answer")
