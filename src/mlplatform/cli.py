@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlplatform.errors import NotebookError, PlatformError
-from mlplatform.settings import Settings, connect, state_folder
+from mlplatform.settings import Settings, connect, find_root, state_folder
 
 if TYPE_CHECKING:
     from mlplatform.notebooks import Execution
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlplatform", description="The commands behind the Makefile.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (up, down, status, env, clean, lab, data, run):
+    for command in (up, down, status, env, clean, lab, serve, ui, data, run):
         words = (command.__doc__ or "").strip().splitlines()[0]
         commands.add_parser(command.__name__, help=words, description=words).set_defaults(command=command)
     options = commands.choices["run"].add_argument
@@ -106,7 +106,7 @@ def clean(_: argparse.Namespace) -> None:
 
     state = state_folder()
     Embedded(state).clean()
-    shutil.rmtree(_root() / "build", ignore_errors=True)
+    shutil.rmtree(find_root() / "build", ignore_errors=True)
     _say(f"deleted {state}")
 
 
@@ -117,7 +117,7 @@ def lab(_: argparse.Namespace) -> None:
     from mlplatform.embedded import Embedded, is_free
 
     os.environ.update(Embedded(state_folder()).up(notify=_say).to_env())
-    os.chdir(_root() / "notebooks")
+    os.chdir(find_root() / "notebooks")
     port = next(port for port in range(8888, 8988) if is_free(port))
     token = secrets.token_urlsafe(24)
     os.environ["JUPYTER_TOKEN"] = token
@@ -139,11 +139,29 @@ def lab(_: argparse.Namespace) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *flags])  # noqa: S606
 
 
+def serve(_: argparse.Namespace) -> None:
+    """Start the Feast feature server."""
+    _start("feature-server")
+
+
+def ui(_: argparse.Namespace) -> None:
+    """Start the Feast UI."""
+    _start("feast-ui")
+
+
+def _start(name: str) -> None:
+    from mlplatform.embedded import Embedded
+
+    platform = Embedded(state_folder())
+    platform.up()
+    _say(f"{name}: {platform.start(name)}")
+
+
 def data(_: argparse.Namespace) -> None:
     """Derive data/income_data.csv again from its source and check both checksums."""
     from mlplatform.income import derive_from_package
 
-    path = _root() / "data" / "income_data.csv"
+    path = find_root() / "data" / "income_data.csv"
     derive_from_package(path)
     _say(f"wrote {path}; both checksums are as they must be")
 
@@ -152,7 +170,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the notebooks in order, render them, and say where to look."""
     from mlplatform import notebooks
 
-    root = _root()
+    root = find_root()
     chosen = notebooks.select(notebooks.find_notebooks(root / "notebooks"), options.notebooks)
     parameters = _parameters(options.parameters, [path.stem for path in chosen])
     for path in chosen:
@@ -210,11 +228,6 @@ def _summarise(executions: Sequence[Execution], settings: Settings, output: Path
     console.print(f"MLflow      {settings.tracking_uri}  (user {settings.tracking_username}; password: make env)")
     console.print(f"S3          {settings.s3_endpoint}  (keys: make env)")
     console.print(f"Notebooks   {output}  (*.html, with outputs and plots)")
-
-
-def _root() -> Path:
-    """Find the clone's top folder."""
-    return state_folder(environ={}).parent
 
 
 def _say(line: str) -> None:

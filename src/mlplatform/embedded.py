@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import xmlrpc.client
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ from mlplatform.settings import (
     SETTINGS_FILE,
     STATE_VARIABLE,
     Settings,
+    find_root,
     probe_mlflow,
     probe_object_store,
     probe_online_store,
@@ -44,6 +46,7 @@ from mlplatform.settings import (
 Notify = Callable[[str], None]
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 180.0
+PROBE_TIMEOUT_S = 5.0
 # Below the ranges from which Linux and macOS take the local ports of outgoing connections.
 FREE_PORTS = range(20_000, 32_000)
 # Marks the processes that a supervisor started, so that they are found even when it was killed.
@@ -58,14 +61,14 @@ class Service:
         name: Its name under the supervisor, and of its log.
         variable: The variable that sets its port.
         port: Its default port.
-        probe: Asks it for an authenticated answer; raises when there is none.
+        probe: Asks it for an authenticated answer and raises when there is none; without one, `/health` is asked.
         on_demand: Whether it waits for its own command instead of starting with the platform.
     """
 
     name: str
     variable: str
     port: int
-    probe: Callable[[Settings, float], None]
+    probe: Callable[[Settings, float], None] | None = None
     on_demand: bool = False
 
 
@@ -73,6 +76,8 @@ SERVICES = (
     Service("object-store", "MLPLATFORM_S3_PORT", 9000, probe_object_store),
     Service("online-store", "MLPLATFORM_REDIS_PORT", 6379, probe_online_store),
     Service("mlflow", "MLPLATFORM_MLFLOW_PORT", 5000, probe_mlflow),
+    Service("feature-server", "MLPLATFORM_FEATURE_SERVER_PORT", 6566, on_demand=True),
+    Service("feast-ui", "MLPLATFORM_FEAST_UI_PORT", 6567, on_demand=True),
 )
 # Ports that only the services themselves use: any free one will do.
 INNER_PORTS = (
@@ -166,7 +171,7 @@ class Embedded:
         service = next(service for service in SERVICES if service.name == name)
         self._start(service)
         self._wait([service], notify)
-        return self._url(service, self._environment())
+        return self._url(service)
 
     def down(self) -> bool:
         """Stop every process and keep every byte.
@@ -204,19 +209,17 @@ class Embedded:
         Raises:
             SettingsError: No platform was ever started here.
         """
-        environment = self._environment()
+        settings = self.settings
         entries = {}
         if self.running():
             entries = {entry["name"]: entry for entry in self._call("getAllProcessInfo")}
-        return [self._status_of(service, environment, entries.get(service.name)) for service in SERVICES]
+        return [self._status_of(service, settings, entries.get(service.name)) for service in SERVICES]
 
-    def _status_of(
-        self, service: Service, environment: Mapping[str, str], entry: Mapping[str, Any] | None
-    ) -> ServiceStatus:
-        url = self._url(service, environment)
+    def _status_of(self, service: Service, settings: Settings, entry: Mapping[str, Any] | None) -> ServiceStatus:
+        url = self._url(service)
         if entry is None or not entry["pid"]:
             return ServiceStatus(service.name, entry["statename"].lower() if entry else "stopped", url)
-        ready = self._answers(service, Settings.from_env(environment))
+        ready = self._answers(service, settings)
         members = [psutil.Process(entry["pid"])]
         members += members[0].children(recursive=True)
         return ServiceStatus(
@@ -269,6 +272,7 @@ class Embedded:
                 **environment,
                 "PATH": os.pathsep.join([*binaries, self._environ.get("PATH", os.defpath)]),
                 "MLFLOW_AUTH_CONFIG_PATH": "basic_auth.ini",
+                "MLPLATFORM_FEATURE_REPO": str(find_root() / "feature_repo"),
                 "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
                 OWNER_VARIABLE: str(self.state),
                 STATE_VARIABLE: str(self.state),
@@ -299,13 +303,12 @@ class Embedded:
 
     def _wait(self, services: list[Service], notify: Notify) -> None:
         settings = self.settings
-        environment = self._environment()
         waiting = {service.name: service for service in services}
         deadline = time.monotonic() + START_TIMEOUT_S
         while waiting:
             for service in list(waiting.values()):
                 if self._answers(service, settings):
-                    notify(f"{service.name} answers at {self._url(service, environment)}")
+                    notify(f"{service.name} answers at {self._url(service)}")
                     del waiting[service.name]
                 elif time.monotonic() > deadline or self._state(service) in {"FATAL", "EXITED", "UNKNOWN"}:
                     raise ServiceDownError(
@@ -315,10 +318,13 @@ class Embedded:
 
     def _answers(self, service: Service, settings: Settings) -> bool:
         try:
-            service.probe(settings, 5.0)
+            if service.probe:
+                service.probe(settings, PROBE_TIMEOUT_S)
+            else:
+                urllib.request.urlopen(f"{self._url(service)}/health", timeout=PROBE_TIMEOUT_S).close()  # noqa: S310
         except CredentialsError as error:
             raise ServiceDownError(f"{error}; another program may have taken its port") from error
-        except PlatformError:
+        except (PlatformError, OSError):
             return False
         # Whatever answered knows our credentials; the supervisor must agree that it is ours.
         return self._state(service) in {"STARTING", "RUNNING"}
@@ -329,9 +335,9 @@ class Embedded:
     def _log(self, service: Service) -> Path:
         return self.state / "logs" / f"{service.name}.log"
 
-    def _url(self, service: Service, environment: Mapping[str, str]) -> str:
+    def _url(self, service: Service) -> str:
         scheme = "redis" if service.name == "online-store" else "http"
-        return f"{scheme}://{HOST}:{environment[service.variable]}"
+        return f"{scheme}://{HOST}:{self._environment()[service.variable]}"
 
     def _end_orphans(self) -> bool:
         """End what a killed supervisor left behind: it would hold the data files of the next start."""
@@ -460,7 +466,7 @@ def _addresses(environment: Mapping[str, str]) -> dict[str, str]:
         "REDIS_CONNECTION_STRING": (
             f"{HOST}:{environment['MLPLATFORM_REDIS_PORT']},password={environment['MLPLATFORM_REDIS_PASSWORD']}"
         ),
-        "FEATURE_SERVER_URL": f"http://{HOST}:6566",
+        "FEATURE_SERVER_URL": f"http://{HOST}:{environment['MLPLATFORM_FEATURE_SERVER_PORT']}",
     }
 
 

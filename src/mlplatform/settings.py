@@ -100,6 +100,22 @@ class Settings:
 VARIABLES = {entry.name: entry.metadata["variable"] for entry in fields(Settings)}
 
 
+def find_root(start: Path | None = None) -> Path:
+    """Find the clone's top folder: the nearest, from `start` upwards, that holds `feature_repo` and `notebooks`.
+
+    Args:
+        start: Where the search begins, the working directory by default.
+
+    Raises:
+        SettingsError: There is none.
+    """
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "feature_repo").is_dir() and (folder / "notebooks").is_dir():
+            return folder
+    raise SettingsError(f"{start} is not inside a clone of the repository; change to one, or set {STATE_VARIABLE}")
+
+
 def state_folder(start: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
     """Find the folder that holds the embedded platform's state.
 
@@ -108,19 +124,14 @@ def state_folder(start: Path | None = None, environ: Mapping[str, str] = os.envi
         environ: Variables by name; `MLPLATFORM_STATE` names the folder outright.
 
     Returns:
-        `MLPLATFORM_STATE` if set, else `.platform` in the nearest folder, from `start` upwards, that holds
-        `feature_repo` and `notebooks`.
+        `MLPLATFORM_STATE` if set, else `.platform` in the clone's top folder.
 
     Raises:
-        SettingsError: No such folder: the working directory is outside a clone of the repository.
+        SettingsError: The variable is not set, and the start is outside a clone.
     """
     if environ.get(STATE_VARIABLE):
         return Path(environ[STATE_VARIABLE]).resolve()
-    start = (start or Path.cwd()).resolve()
-    for folder in (start, *start.parents):
-        if (folder / "feature_repo").is_dir() and (folder / "notebooks").is_dir():
-            return folder / STATE_FOLDER
-    raise SettingsError(f"{start} is not inside a clone of the repository; change to it, or set {STATE_VARIABLE}")
+    return find_root(start) / STATE_FOLDER
 
 
 def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
