@@ -155,7 +155,6 @@ def _is_plain(view: FeatureView, config: RepoConfig, store: Any) -> bool:
         and online.redis_type == RedisType.redis
         and online.key_ttl_seconds is None
         and not config.registry.enable_online_feature_view_versioning
-        and config.materialization_config.pull_latest_features
         and not isinstance(view, (BatchFeatureView, StreamFeatureView))
         and view.batch_source is not None
         and not view.batch_source.field_mapping

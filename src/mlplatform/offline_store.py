@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from importlib import resources
 from typing import Any
 from urllib.parse import urlsplit
@@ -302,12 +303,19 @@ def connection(environ: Mapping[str, str] = os.environ) -> Iterator[duckdb.DuckD
     Args:
         environ: Variables by name; without `AWS_ENDPOINT_URL` the addresses are AWS's own.
     """
-    with duckdb.connect(config={"autoinstall_known_extensions": False}) as duck:
-        duck.execute(f"LOAD {_text(_httpfs())}")
-        duck.execute(_secret(environ))
-        # A second statement on the same file need not fetch its footer again.
-        duck.execute("SET enable_http_metadata_cache = true; SET parquet_metadata_cache = true")
+    with _database(_secret(environ)).cursor() as duck:
         yield duck
+
+
+@lru_cache(maxsize=4)
+def _database(secret: str) -> duckdb.DuckDBPyConnection:
+    # Loading the extension takes a tenth of a second, so a database is kept for each platform of this process.
+    duck = duckdb.connect(config={"autoinstall_known_extensions": False})
+    duck.execute(f"LOAD {_text(_httpfs())}")
+    # Files are replaced under their names, so nothing read earlier may be reused.
+    duck.execute("SET enable_external_file_cache = false")
+    duck.execute(secret)
+    return duck
 
 
 def find_time_column(entity_df: pd.DataFrame) -> str:
