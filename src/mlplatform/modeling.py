@@ -32,6 +32,7 @@ from mlplatform.settings import DATASETS_BUCKET
 EXPERIMENT = "income-classifier"
 CONTEXTS = ("training", "testing", "reference")
 ENCODER_FILE = "encoder.json"
+ANSWERS_FILE = "test_probabilities.json"  # what the model in memory said, to hold a reloaded one against
 MODEL_ARTIFACT = "model"
 # What skops may load beside its own list. It travels with the model: it keeps a pickle out, and is no sandbox.
 TRUSTED_TYPES = ["sklearn.tree._tree.Tree", "xgboost.core.Booster", "xgboost.sklearn.XGBClassifier"]
@@ -235,8 +236,8 @@ def fit_and_log(
 ) -> LoggedRun:
     """Fit an estimator behind the encoder and record all there is to know about it in one MLflow run.
 
-    The run holds the parameters, the four metrics, the three data sets by context, the encoder's column list and one
-    model that takes raw categories. A run whose fit or logging fails is marked as failed by MLflow.
+    The run holds the parameters, the four metrics, the three data sets by context, the encoder's column list, the
+    answers for the test rows and one model that takes raw categories. MLflow marks the run as failed if this raises.
 
     Args:
         name: The run's name.
@@ -256,6 +257,7 @@ def fit_and_log(
         mlflow.log_inputs(datasets=list(datasets), contexts=list(CONTEXTS), tags_list=[None] * len(datasets))
         model_uri = log_model(model, train)
         mlflow.log_dict(describe_encoder(model), ENCODER_FILE)
+        mlflow.log_dict({"probability": probabilities(model, test).tolist()}, ANSWERS_FILE)
         measured = scores(model, train, test)
         mlflow.log_metrics(measured, model_id=model_uri.removeprefix("models:/"))
     seconds = fitted - started, time.perf_counter() - fitted

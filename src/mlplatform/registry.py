@@ -272,9 +272,8 @@ def _translated() -> Iterator[None]:
                 "check MLFLOW_TRACKING_USERNAME, or run 'make env' again"
             ) from error
         if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-            raise RegistryError(
-                f"{reason.removeprefix(f'{error.error_code}: ')}; run notebook 02_train_models, or 'make run'"
-            ) from error
+            said = reason.removeprefix(f"{error.error_code}: ")
+            raise RegistryError(f"{said}; correct it, or run notebook 02_train_models") from error
         if "Max retries exceeded" in reason or status in {502, 503, 504}:
             raise ServiceDownError(
                 f"the MLflow server at {mlflow.get_tracking_uri()} does not answer; run 'make up', then 'make status'"
