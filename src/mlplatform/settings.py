@@ -27,12 +27,15 @@ STATE_VARIABLE = "MLPLATFORM_STATE"
 STATE_FOLDER = ".platform"
 SETTINGS_FILE = "settings.json"
 
-# Nothing calls home, and nothing asks for a cloud machine's identity: both cost seconds on a closed network.
+# Nothing calls home or asks for a cloud machine's identity, which costs seconds on a closed network; and no
+# progress bar or remark of MLflow's stands between a cell and its result.
 QUIET = {
     "AWS_EC2_METADATA_DISABLED": "true",
     "DO_NOT_TRACK": "1",
     "FEAST_USAGE": "False",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 
 
@@ -187,6 +190,11 @@ def check_services(settings: Settings, *, timeout_s: float = 3.0) -> None:
         ServiceDownError: One does not answer.
         CredentialsError: One refuses the credentials.
     """
+    # Imported before the threads start: as they are imported, two of them change the filter of warnings.
+    import boto3  # noqa: F401
+    import redis  # noqa: F401
+    import requests  # noqa: F401
+
     probes: tuple[Callable[[Settings, float], None], ...] = (probe_object_store, probe_online_store, probe_mlflow)
     with ThreadPoolExecutor(len(probes)) as pool:
         for result in [pool.submit(probe, settings, timeout_s) for probe in probes]:
