@@ -31,7 +31,7 @@ def main() -> int:
             print(f"{len(wanted)} buckets are there", flush=True)
             return 0
         except (BotoCoreError, ClientError) as error:
-            code = getattr(error, "response", {}).get("Error", {}).get("Code", "")
+            code = error.response["Error"]["Code"] if isinstance(error, ClientError) else ""
             if code in REFUSED or time.monotonic() > deadline:
                 print(f"giving up: {error}", file=sys.stderr)
                 return 1

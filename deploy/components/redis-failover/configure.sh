@@ -8,7 +8,7 @@ me=${POD_NAME:?}
 primary=
 for peer in redis-0 redis-1 redis-2; do
   [ "$peer" = "$me" ] && continue
-  primary=$(REDISCLI_AUTH=$SENTINEL_PASSWORD redis-cli -t 2 -h "$peer" -p 26379 \
+  primary=$(REDISCLI_AUTH=$SENTINEL_PASSWORD timeout 3 redis-cli -h "$peer" -p 26379 \
     sentinel get-master-addr-by-name online-store 2>/dev/null | sed -n 1p) || true
   case $primary in redis-[0-2]) break ;; *) primary= ;; esac
 done
