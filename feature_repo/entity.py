@@ -1,6 +1,8 @@
 """Whom the features are about."""
 
-from feast import Entity, ValueType
+from feast import Entity, Project, ValueType
+
+project = Project(name="income", description="Features of people in the 1994 census, for teaching")
 
 user = Entity(
     name="user",

@@ -1,0 +1,397 @@
+"""The feature store in a few verbs: write the history, apply, materialise, look back, read online.
+
+All of it goes through Feast's own API. What is added are clear errors, figures of what was done, and an explicit
+answer for a user whom nobody knows. The environment names the platform, so call `settings.connect` first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import redis
+import requests
+from feast import FeatureService, FeatureStore
+from feast.errors import FeastObjectNotFoundException
+from feast.repo_config import load_repo_config
+from feast.repo_operations import apply_total
+
+from mlplatform import history, objectstore
+from mlplatform.errors import CredentialsError, DataError, MissingObjectError, RegistryError, ServiceDownError
+from mlplatform.history import USER_ID, WINDOW_END, WINDOW_START
+from mlplatform.income import read_income
+from mlplatform.materialization import PipelinedComputeEngine, Written
+from mlplatform.settings import FEATURES_BUCKET, find_root
+
+SERVICE = "income_v1"
+FOUND = "found"
+# One day past the window, so that its last moments are in.
+MATERIALISE_END = WINDOW_END + pd.Timedelta(days=1)
+
+Notify = Callable[[str], None]
+_NEXT = "run 'make features'"
+
+
+def source_uri(view: str) -> str:
+    """Say where a view's feature file lies."""
+    return f"s3://{FEATURES_BUCKET}/{view}.parquet"
+
+
+def write_history(versions: pd.DataFrame, *, notify: Notify = lambda _: None) -> dict[str, str]:
+    """Store the feature history as one parquet file per view, unless that very file is there already.
+
+    Args:
+        versions: The history, as `history.build_history` returns it.
+        notify: Called with a line per file.
+
+    Returns:
+        Where each view's file is, by view.
+    """
+    return {view: _write(frame, source_uri(view), notify) for view, frame in history.split_views(versions).items()}
+
+
+def _write(frame: pd.DataFrame, uri: str, notify: Notify) -> str:
+    body, _ = objectstore.encode(frame, uri)
+    with contextlib.suppress(MissingObjectError):
+        if objectstore.read_bytes(uri) == body:
+            notify(f"{uri}: {len(frame):,} rows, there already")
+            return uri
+    notify(f"{uri}: {len(frame):,} rows written")
+    return objectstore.write_bytes(body, uri)
+
+
+def open_store(repo: Path | None = None) -> FeatureStore:
+    """Open the feature store whose registry is in the object store.
+
+    Args:
+        repo: The folder of `feature_store.yaml`, by default `feature_repo` of the clone around the working directory.
+
+    Raises:
+        RegistryError: There is no registry yet.
+        ServiceDownError: The object store does not answer.
+    """
+    folder = _folder(repo)
+    uri = str(load_repo_config(folder, folder / "feature_store.yaml").registry.path)
+    try:
+        objectstore.read_bytes(uri)
+    except MissingObjectError as error:
+        # Feast itself would write an empty registry, and answer later that nothing is registered.
+        raise RegistryError(f"there is no feature registry at {uri}; {_NEXT}") from error
+    return FeatureStore(repo_path=str(folder))
+
+
+def apply(repo: Path | None = None, *, notify: Notify = lambda _: None) -> FeatureStore:
+    """Bring the registry in line with the definitions in the feature repository, as `feast apply` does.
+
+    Args:
+        repo: As in `open_store`.
+        notify: Called with each line that Feast has to say.
+
+    Raises:
+        RegistryError: Another command changed the registry meanwhile; nothing was written.
+        ServiceDownError: The object store or the online store does not answer.
+    """
+    folder = _folder(repo)
+    config = load_repo_config(folder, folder / "feature_store.yaml")
+    with _importing_from(folder), _translated(config.online_store.connection_string), _captured(notify):
+        apply_total(config, folder, skip_source_validation=True)
+    return FeatureStore(repo_path=str(folder))
+
+
+def materialise(
+    store: FeatureStore,
+    start: datetime = WINDOW_START,
+    end: datetime = MATERIALISE_END,
+    *,
+    notify: Notify = lambda _: None,
+) -> list[Written]:
+    """Load the latest value of every user within a time range into the online store.
+
+    A later value replaces the one that is there, an earlier one never does, so doing it twice changes nothing.
+
+    Args:
+        store: The feature store.
+        start: The range's first moment; UTC if naive.
+        end: Its last moment, included.
+        notify: Called with a line per view, and one for all.
+
+    Returns:
+        What was done, view by view.
+
+    Raises:
+        DataError: The range is empty or inverted, or no feature has a value in it.
+        RegistryError: Nothing is registered, or another command changed the registry meanwhile.
+        ServiceDownError: The object store or the online store does not answer.
+    """
+    if not _utc(start) < _utc(end):
+        raise DataError(f"no time lies between {start} and {end}; give a start before the end")
+    views = [view.name for view in store.list_feature_views()]
+    if not views:
+        raise RegistryError(f"no feature view is registered; {_NEXT}")
+    engine: PipelinedComputeEngine = store._get_provider().batch_engine  # type: ignore[attr-defined]
+    done: list[Written] = []
+    engine.listener = done.append
+    try:
+        for view in views:
+            with _translated(store.config.online_store.connection_string, store), _captured():
+                store.materialize(_utc(start).to_pydatetime(), _utc(end).to_pydatetime(), feature_views=[view])
+            notify(f"{view}: {_figures(done[-1:])}")
+    finally:
+        engine.listener = None
+    if not any(written.rows for written in done):
+        raise DataError(f"no feature has a value between {start} and {end}; give a range within the history")
+    notify(f"all: {_figures(done)}")
+    return done
+
+
+def build(data_path: Path | None = None, repo: Path | None = None, *, notify: Notify = print) -> list[Written]:
+    """Do all it takes from the income file to features online; done twice, the second time changes nothing.
+
+    Args:
+        data_path: The income file, by default `data/income_data.csv` of the clone around the working directory.
+        repo: As in `open_store`.
+        notify: Called with a line for each step.
+
+    Returns:
+        What was materialised, view by view.
+    """
+    started = time.perf_counter()
+    versions = history.build_history(read_income(data_path or find_root() / "data" / "income_data.csv"))
+    write_history(versions, notify=notify)
+    store = apply(repo, notify=notify)
+    written = materialise(store, notify=notify)
+    notify(f"done in {time.perf_counter() - started:.1f} s")
+    return written
+
+
+def point_in_time(
+    store: FeatureStore, entity_df: pd.DataFrame, features: str | Sequence[str] = SERVICE
+) -> pd.DataFrame:
+    """Ask what was known of each user at a moment of their own.
+
+    Args:
+        store: The feature store.
+        entity_df: `user_id`, `event_timestamp` (UTC if naive), and anything else to be kept.
+        features: The name of a feature service, or `view:feature` for each feature.
+
+    Returns:
+        The same rows in the same order with a column per feature, null where the value was not known yet, is older
+        than the view's ttl, or the user is unknown.
+
+    Raises:
+        DataError: The entity frame lacks a column, or its moments are no times.
+        RegistryError: The service, a view or a feature is not registered.
+        MissingObjectError: A feature file is not there.
+        ServiceDownError: The object store does not answer.
+    """
+    with _translated(store.config.online_store.connection_string, store):
+        job = store.get_historical_features(entity_df=entity_df, features=_resolve(store, features))
+        frame: pd.DataFrame = job.to_df()
+    return frame
+
+
+def read_online(store: FeatureStore, users: Sequence[str], features: str | Sequence[str] = SERVICE) -> pd.DataFrame:
+    """Read what the online store holds of some users now.
+
+    Feast does not apply the ttl online: a value stays until a later one replaces it, however old it gets.
+
+    Args:
+        store: The feature store.
+        users: User ids.
+        features: As in `point_in_time`.
+
+    Returns:
+        One row per user, in the order asked: `user_id`, `found` (bool: every feature asked for is stored), and the
+        features, which are null for a user who is not found.
+
+    Raises:
+        DataError: No user was asked about, or an id is no text.
+        RegistryError: As in `point_in_time`.
+        ServiceDownError: The online store does not answer.
+    """
+    rows = [{USER_ID: user} for user in _checked(users)]
+    with _translated(store.config.online_store.connection_string, store):
+        answer = store.get_online_features(features=_resolve(store, features), entity_rows=rows)
+    columns = answer.to_dict(include_event_timestamps=True)
+    names = [name for name in columns if name != USER_ID and not name.endswith("__ts")]
+    return _online_frame(
+        users,
+        {name: columns[name] for name in names},
+        [[moment > 0 for moment in columns[f"{name}__ts"]] for name in names],
+    )
+
+
+def read_server(
+    users: Sequence[str],
+    features: str | Sequence[str] = SERVICE,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    timeout_s: float = 10.0,
+) -> pd.DataFrame:
+    """Read the same as `read_online` over HTTP, from the feature server.
+
+    Args:
+        users: User ids.
+        features: As in `point_in_time`.
+        environ: Where `FEATURE_SERVER_URL` and, if the server wants one, `FEATURE_SERVER_TOKEN` are looked up.
+        timeout_s: How long the server may take, in seconds.
+
+    Returns:
+        As `read_online`.
+
+    Raises:
+        DataError: As in `read_online`.
+        RegistryError: The server knows no such service, view or feature.
+        CredentialsError: The server wants another token.
+        ServiceDownError: The server does not answer, or fails.
+    """
+    url = environ["FEATURE_SERVER_URL"]
+    asked = {"feature_service": features} if isinstance(features, str) else {"features": list(features)}
+    token = environ.get("FEATURE_SERVER_TOKEN")
+    try:
+        reply = requests.post(
+            f"{url}/get-online-features",
+            json={**asked, "entities": {USER_ID: list(_checked(users))}},
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=timeout_s,
+        )
+    except requests.RequestException as error:
+        raise ServiceDownError(f"the feature server at {url} does not answer; run 'make serve'") from error
+    if reply.status_code == 401:
+        raise CredentialsError(f"the feature server at {url} refuses the token; check FEATURE_SERVER_TOKEN")
+    if not reply.ok:
+        reason = " ".join(reply.text.split())[:200]
+        kind = RegistryError if reply.status_code in {404, 422} or "not found" in reason else ServiceDownError
+        raise kind(f"the feature server at {url} answers {reply.status_code} ({reason}); check the names, or {_NEXT}")
+    answer = reply.json()
+    named = dict(zip(answer["metadata"]["feature_names"], answer["results"], strict=True))
+    named.pop(USER_ID, None)
+    return _online_frame(
+        users,
+        {name: column["values"] for name, column in named.items()},
+        [[not moment.startswith("1970-01-01") for moment in column["event_timestamps"]] for column in named.values()],
+    )
+
+
+def require_found(online: pd.DataFrame) -> pd.DataFrame:
+    """Pass on what `read_online` or `read_server` returned if every user was found.
+
+    Returns:
+        The frame without its `found` column.
+
+    Raises:
+        RegistryError: A user is unknown to the online store; the message names the first ones.
+    """
+    unknown = online.loc[~online[FOUND], USER_ID].tolist()
+    if unknown:
+        names = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise RegistryError(f"the online store knows nothing of user {names}; check the id, or {_NEXT}")
+    return online.drop(columns=FOUND)
+
+
+def _online_frame(
+    users: Sequence[str], columns: Mapping[str, Sequence[Any]], stored: Sequence[Sequence[bool]]
+) -> pd.DataFrame:
+    found = [all(flags) for flags in zip(*stored, strict=True)]
+    # Feast answers in an order of its own, another one each time.
+    order = sorted(columns, key=lambda name: history.FEATURES.index(name) if name in history.FEATURES else -1)
+    return pd.DataFrame({USER_ID: list(users), FOUND: found, **{name: columns[name] for name in order}})
+
+
+def _checked(users: Sequence[str]) -> Sequence[str]:
+    if len(users) == 0:
+        raise DataError("no user was asked about; give at least one user_id")
+    wrong = [user for user in users if not isinstance(user, str)]
+    if wrong:
+        raise DataError(f"user ids are text, and {wrong[0]!r} is not; convert them with str")
+    return users
+
+
+def _resolve(store: FeatureStore, features: str | Sequence[str]) -> FeatureService | list[str]:
+    """Look names up in the registry, so that a misspelt one is answered with those that there are."""
+    if isinstance(features, str):
+        service: FeatureService = store.get_feature_service(features)
+        return service
+    for reference in features:
+        view, _, feature = reference.partition(":")
+        known = [field.name for field in store.get_feature_view(view).features]
+        if feature not in known:
+            raise RegistryError(f"view {view!r} has no feature {feature!r}; it has {', '.join(known)}")
+    return list(features)
+
+
+@contextlib.contextmanager
+def _translated(online_store: str, store: FeatureStore | None = None) -> Iterator[None]:
+    """Turn the errors of Feast and Redis into ours; those without a meaning here pass unchanged."""
+    address = online_store.partition(",")[0]
+    try:
+        yield
+    except FeastObjectNotFoundException as error:
+        known = _registered(store) if store else ""
+        raise RegistryError(f"{error}; {known}check the name, or {_NEXT}") from error
+    except redis.AuthenticationError as error:
+        raise CredentialsError(
+            f"the online store at {address} refuses the credentials; check REDIS_CONNECTION_STRING"
+        ) from error
+    except redis.RedisError as error:
+        raise ServiceDownError(
+            f"the online store at {address} does not answer; run 'make up', then 'make status'"
+        ) from error
+
+
+def _registered(store: FeatureStore) -> str:
+    names = [view.name for view in store.list_feature_views()]
+    names += [service.name for service in store.list_feature_services()]
+    return f"registered are {', '.join(names)}; " if names else "nothing is registered; "
+
+
+@contextlib.contextmanager
+def _captured(notify: Notify = lambda _: None) -> Iterator[None]:
+    """Take what Feast prints, and pass it on line by line."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        yield
+    for line in said.getvalue().splitlines():
+        if line.strip():
+            notify(line.strip())
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Let Feast import a repository's files by their bare names, and leave no trace of it in this process."""
+    before, bytecode = set(sys.modules), sys.dont_write_bytecode
+    sys.path.insert(0, str(folder))
+    try:
+        with contextlib.chdir(folder):
+            yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.dont_write_bytecode = bytecode
+        for name in {path.stem for path in folder.glob("*.py")} - before:
+            sys.modules.pop(name, None)
+
+
+def _folder(repo: Path | None) -> Path:
+    folder = (repo or find_root() / "feature_repo").resolve()
+    if not (folder / "feature_store.yaml").is_file():
+        raise MissingObjectError(f"{folder} holds no feature_store.yaml; give the feature repository's folder")
+    return folder
+
+
+def _utc(moment: datetime) -> pd.Timestamp:
+    stamp = pd.Timestamp(moment)
+    return stamp.tz_localize("UTC") if stamp.tzinfo is None else stamp.tz_convert("UTC")
+
+
+def _figures(done: Sequence[Written]) -> str:
+    rows, changed = sum(entry.rows for entry in done), sum(entry.changed for entry in done)
+    seconds = sum(entry.seconds for entry in done)
+    return f"{rows:,} rows, {changed:,} new or newer, {seconds:.1f} s, {rows / seconds:,.0f} rows/s"
