@@ -263,10 +263,11 @@ def _decode_csv(body: bytes, dtypes: list[str] | None) -> pd.DataFrame:
         return pd.read_csv(io.BytesIO(body))
     header = pd.read_csv(io.BytesIO(body), nrows=0).columns
     kinds = dict(zip(header, dtypes, strict=True))
-    times = [name for name, kind in kinds.items() if kind.startswith("datetime64")]
-    plain = {name: kind for name, kind in kinds.items() if name not in times}
-    frame = pd.read_csv(io.BytesIO(body), dtype=plain, parse_dates=times, keep_default_na=False, na_values=[""])
-    return frame.astype({name: kinds[name] for name in times})
+    times = {name: kind for name, kind in kinds.items() if kind.startswith("datetime64")}
+    read_as = kinds | dict.fromkeys(times, "str")
+    frame = pd.read_csv(io.BytesIO(body), dtype=read_as, keep_default_na=False, na_values=[""])
+    parsed = {name: pd.to_datetime(frame[name], format="ISO8601") for name in times}
+    return frame.assign(**parsed).astype(times)
 
 
 def _suffix(uri: str) -> str:

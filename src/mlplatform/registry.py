@@ -120,7 +120,7 @@ def register(run_id: str, *, name: str = MODEL_NAME) -> int:
         model_id = models[0].model_id
         tags = {TEST_DATA: _test_data(run), "run_name": run.info.run_name}
         made = client.create_model_version(
-            name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id, tags=tags
+            name, f"models:/{model_id}", run_id, tags=tags, await_creation_for=0, model_id=model_id
         )
     return int(made.version)
 
