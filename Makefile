@@ -86,7 +86,7 @@ lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requ
 
 # uv installs the 270 packages in a tenth of pip's time; pip itself fetches it, checked by its hash.
 $(BIN)/uv: requirements-uv.lock
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, and this is %s; name one: make PYTHON=python3.12" % sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit("Python 3.11 to 3.14 is needed, and this is %s; name one: make PYTHON=python3.12" % sys.version.split()[0])'
 	@echo 'Creating the environment in $(VENV) (about a minute)' >&2
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-uv.lock
