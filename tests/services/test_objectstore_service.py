@@ -1,0 +1,125 @@
+"""Frames in a real object store."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+from uuid import uuid4
+
+import pandas as pd
+import pytest
+
+from mlplatform import objectstore
+from mlplatform.errors import CredentialsError, DataError, MissingObjectError, ServiceDownError
+from mlplatform.settings import DATASETS_BUCKET, Settings
+
+FRAME = pd.DataFrame(
+    {
+        "name": ["a", "b"],
+        "count": pd.array([1, None], dtype="Int64"),
+        "time": pd.to_datetime(["2023-01-24", "2023-05-20"], utc=True).as_unit("us"),
+    }
+)
+
+
+@pytest.fixture
+def folder(platform: Settings) -> str:
+    return f"s3://{DATASETS_BUCKET}/test-{uuid4()}"
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_frame_is_read_back_with_its_types(suffix: str, folder: str) -> None:
+    uri = objectstore.write_frame(FRAME, f"{folder}/frame.{suffix}")
+    pd.testing.assert_frame_equal(objectstore.read_frame(uri), FRAME)
+    assert objectstore.read_frame(uri, columns=["time", "name"]).columns.tolist() == ["time", "name"]
+
+
+def test_the_same_data_is_stored_once_and_never_written_again(folder: str) -> None:
+    first = objectstore.write_frame(FRAME, f"{folder}/frame.parquet")
+    before = objectstore.list_objects(folder)
+    again = objectstore.write_frame(FRAME.copy(), f"{folder}/frame.parquet")
+    other = objectstore.write_frame(FRAME.iloc[::-1], f"{folder}/frame.parquet")
+    after = objectstore.list_objects(folder)
+    assert first == again != other
+    assert len(before) == 1
+    assert len(after) == 2
+    stored = after.set_index("uri").loc[first]
+    assert stored["modified"] == before["modified"].item(), "the object was written a second time"
+
+
+def test_an_object_named_by_its_content_is_never_replaced(folder: str) -> None:
+    uri = objectstore.write_frame(FRAME, f"{folder}/frame.parquet")
+    with pytest.raises(DataError, match="never replaced"):
+        objectstore.put_frame(FRAME, uri)
+
+
+def test_a_damaged_object_is_noticed_by_its_name(folder: str) -> None:
+    uri = objectstore.write_frame(FRAME, f"{folder}/frame.parquet")
+    objectstore.write_bytes(objectstore.encode(FRAME.head(1), uri)[0], uri)
+    with pytest.raises(DataError, match="other bytes than its name says"):
+        objectstore.read_frame(uri)
+
+
+def test_a_fixed_name_is_replaced_in_one_step(folder: str) -> None:
+    uri = objectstore.put_frame(FRAME, f"{folder}/fixed.parquet")
+    assert uri == f"{folder}/fixed.parquet"
+    objectstore.put_frame(FRAME.head(1), uri)
+    assert len(objectstore.read_frame(uri)) == 1
+
+
+def test_bytes_come_back_as_they_were(folder: str) -> None:
+    assert objectstore.read_bytes(objectstore.write_bytes(b"\x00\xff", f"{folder}/raw")) == b"\x00\xff"
+
+
+def test_a_client_made_from_settings_needs_no_environment(
+    platform: Settings, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = objectstore.write_frame(FRAME, f"{folder}/frame.parquet")
+    for name in platform.to_env():
+        monkeypatch.delenv(name, raising=False)
+    assert len(objectstore.read_frame(uri, client=objectstore.client(platform))) == 2
+
+
+@pytest.mark.parametrize("uri", ["s3://no-such-bucket/frame.parquet", "s3://no-such-bucket/frame.csv"])
+def test_a_missing_bucket_is_named_and_not_made(uri: str, platform: Settings) -> None:
+    with pytest.raises(MissingObjectError, match="no bucket no-such-bucket; run 'make up'"):
+        objectstore.write_frame(FRAME.head(1)[["name"]], uri)
+    with pytest.raises(MissingObjectError, match="no bucket no-such-bucket"):
+        objectstore.read_frame(uri)
+
+
+def test_a_missing_object_is_named(folder: str) -> None:
+    with pytest.raises(MissingObjectError, match=r"none\.parquet is not there"):
+        objectstore.read_frame(f"{folder}/none.parquet")
+
+
+def test_a_missing_column_is_named(folder: str) -> None:
+    uri = objectstore.write_frame(FRAME, f"{folder}/frame.parquet")
+    with pytest.raises(DataError, match="no column Name; it has name, count, time"):
+        objectstore.read_frame(uri, columns=["Name"])
+
+
+def test_an_object_that_is_no_frame_is_refused_in_one_line(folder: str) -> None:
+    uri = objectstore.write_bytes(b"not parquet", f"{folder}/frame.parquet")
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        objectstore.read_frame(uri)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_keys_are_reported_as_such(platform: Settings, folder: str) -> None:
+    stranger = objectstore.client(replace(platform, secret_key="wrong"))  # noqa: S106
+    with pytest.raises(CredentialsError, match="AWS_ACCESS_KEY_ID"):
+        objectstore.write_frame(FRAME, f"{folder}/frame.parquet", client=stranger)
+    assert objectstore.list_objects(folder).empty, "something was written all the same"
+
+
+def test_a_store_that_is_down_is_reported_within_seconds(platform: Settings) -> None:
+    nowhere = objectstore.client(replace(platform, s3_endpoint=f"http://127.0.0.1:{closed_port()}"))
+    with pytest.raises(ServiceDownError, match="make up"):
+        objectstore.read_frame(f"s3://{DATASETS_BUCKET}/frame.parquet", client=nowhere)
