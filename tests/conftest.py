@@ -38,13 +38,15 @@ def platform(embedded: Embedded) -> Iterator[Settings]:
 
 
 @pytest.fixture(scope="session")
-def executed(platform: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def executed(embedded: Embedded, platform: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every notebook, run once in the order they need each other: executed copies by name.
 
     Copies of a chain that failed are kept in `build/failed-notebooks`.
     """
     output = tmp_path_factory.mktemp("notebooks")
-    executions = notebooks.run_all(notebooks.find_notebooks(ROOT / "notebooks"), output)
+    chain = notebooks.find_notebooks(ROOT / "notebooks")
+    embedded.up(also={name for path in chain for name in notebooks.services(path)})
+    executions = notebooks.run_all(chain, output)
     problems = [f"{entry.name}: {entry.error}" for entry in executions if entry.error]
     if problems:
         kept = ROOT / "build" / "failed-notebooks"

@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,8 @@ from mlplatform.errors import NotebookError, PlatformError
 from mlplatform.settings import Settings, connect, find_root, state_folder
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mlplatform.notebooks import Execution
 
 
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlplatform", description="The commands behind the Makefile.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (up, down, status, env, clean, lab, serve, ui, data, run):
+    for command in (up, down, status, env, clean, lab, serve, ui, features, data, run):
         words = (command.__doc__ or "").strip().splitlines()[0]
         commands.add_parser(command.__name__, help=words, description=words).set_defaults(command=command)
     options = commands.choices["run"].add_argument
@@ -68,7 +70,6 @@ def down(_: argparse.Namespace) -> None:
 
 def status(_: argparse.Namespace) -> int:
     """Show each service, its state, URL and how long it runs."""
-    from rich.console import Console
     from rich.table import Table
 
     from mlplatform.embedded import Embedded
@@ -85,7 +86,7 @@ def status(_: argparse.Namespace) -> int:
             str(timedelta(seconds=service.uptime_s)) if runs else "",
             f"{service.memory_bytes / 2**20:.0f} MiB" if runs else "",
         )
-    Console().print(table)
+    _console().print(table)
     return 0
 
 
@@ -141,20 +142,24 @@ def lab(_: argparse.Namespace) -> None:
 
 def serve(_: argparse.Namespace) -> None:
     """Start the Feast feature server."""
-    _start("feature-server")
+    from mlplatform.embedded import Embedded
+
+    Embedded(state_folder()).up(also=["feature-server"], notify=_say)
 
 
 def ui(_: argparse.Namespace) -> None:
     """Start the Feast UI."""
-    _start("feast-ui")
-
-
-def _start(name: str) -> None:
     from mlplatform.embedded import Embedded
 
-    platform = Embedded(state_folder())
-    platform.up()
-    _say(f"{name}: {platform.start(name)}")
+    Embedded(state_folder()).up(also=["feast-ui"], notify=_say)
+
+
+def features(_: argparse.Namespace) -> None:
+    """Register the features and materialise them to the online store."""
+    os.environ.update(_platform("embedded", []).to_env())
+    from mlplatform.features import build
+
+    build(notify=_say)
 
 
 def data(_: argparse.Namespace) -> None:
@@ -175,7 +180,7 @@ def run(options: argparse.Namespace) -> int:
     parameters = _parameters(options.parameters, [path.stem for path in chosen])
     for path in chosen:
         notebooks.check_parameters(path, parameters.get(path.stem, {}))
-    settings = _platform(options.platform)
+    settings = _platform(options.platform, {name for path in chosen for name in notebooks.services(path)})
     os.environ.update(settings.to_env())
     output = (options.output or root / "build" / "notebooks").resolve()
     executions = notebooks.run_all(chosen, output, parameters=parameters, notify=_say)
@@ -183,12 +188,12 @@ def run(options: argparse.Namespace) -> int:
     return int(any(execution.error or execution.skipped for execution in executions))
 
 
-def _platform(kind: str) -> Settings:
+def _platform(kind: str, services: Collection[str]) -> Settings:
     if kind == "env":
         return connect()
     from mlplatform.embedded import Embedded
 
-    return Embedded(state_folder()).up(notify=_say)
+    return Embedded(state_folder()).up(also=services, notify=_say)
 
 
 def _parameters(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, object]]:
@@ -208,13 +213,12 @@ def _parameters(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[st
 
 def _summarise(executions: Sequence[Execution], settings: Settings, output: Path) -> None:
     from mlflow import MlflowClient
-    from rich.console import Console
     from rich.table import Table
 
     from mlplatform.modeling import SCORES
     from mlplatform.registry import CHAMPION, MODEL_NAME, find
 
-    console = Console(soft_wrap=True)
+    console = _console()
     table = Table("notebook", "seconds", "result")
     for execution in executions:
         result = "not run" if execution.skipped else execution.error or "ok"
@@ -228,6 +232,15 @@ def _summarise(executions: Sequence[Execution], settings: Settings, output: Path
     console.print(f"MLflow      {settings.tracking_uri}  (user {settings.tracking_username}; password: make env)")
     console.print(f"S3          {settings.s3_endpoint}  (keys: make env)")
     console.print(f"Notebooks   {output}  (*.html, with outputs and plots)")
+
+
+def _console() -> Console:
+    """Give a console that breaks no URL, however narrow a log's lines are."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    console.width = max(console.width, 120)
+    return console
 
 
 def _say(line: str) -> None:

@@ -20,7 +20,7 @@ import tempfile
 import time
 import urllib.request
 import xmlrpc.client
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -40,6 +40,7 @@ from mlplatform.settings import (
     probe_mlflow,
     probe_object_store,
     probe_online_store,
+    read_settings,
     read_state,
 )
 
@@ -88,6 +89,7 @@ INNER_PORTS = (
     ),
 )
 SECRETS = (
+    "FEATURE_SERVER_TOKEN",
     "AWS_SECRET_ACCESS_KEY",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_FLASK_SERVER_SECRET_KEY",
@@ -135,10 +137,11 @@ class Embedded:
         self._environ = environ
         self._default_ports = default_ports
 
-    def up(self, *, notify: Notify = lambda _: None) -> Settings:
+    def up(self, *, also: Collection[str] = (), notify: Notify = lambda _: None) -> Settings:
         """Start what does not run, wait until each service answers, make the buckets.
 
         Args:
+            also: Names of on-demand services to start as well.
             notify: Called with a line for each step worth showing.
 
         Raises:
@@ -146,32 +149,16 @@ class Embedded:
             PortTakenError: A port that the user set is in use.
             ServiceDownError: A service does not come up; the message names its log.
         """
+        services = [service for service in SERVICES if not service.on_demand or service.name in also]
         with _one_at_a_time():
             if not self.running():
                 self._end_orphans()
                 self._start_supervisor(self._configure(notify))
-            for service in SERVICES:
-                if not service.on_demand:
-                    self._start(service)
-            self._wait([service for service in SERVICES if not service.on_demand], notify)
+            for service in services:
+                self._start(service)
+            self._wait(services, notify)
             make_buckets(self.settings)
         return self.settings
-
-    def start(self, name: str, *, notify: Notify = lambda _: None) -> str:
-        """Start an on-demand service of a running platform and wait until it answers.
-
-        Returns:
-            Its URL.
-
-        Raises:
-            ServiceDownError: The platform is down, or the service does not come up.
-        """
-        if not self.running():
-            raise ServiceDownError("the platform is down; run 'make up'")
-        service = next(service for service in SERVICES if service.name == name)
-        self._start(service)
-        self._wait([service], notify)
-        return self._url(service)
 
     def down(self) -> bool:
         """Stop every process and keep every byte.
@@ -234,7 +221,7 @@ class Embedded:
     @property
     def settings(self) -> Settings:
         """The settings under which notebooks and tools reach this platform."""
-        return Settings.from_env(self._environment())
+        return read_settings(self.state)
 
     def _environment(self) -> dict[str, str]:
         return read_state(self.state)
@@ -277,6 +264,8 @@ class Embedded:
                 OWNER_VARIABLE: str(self.state),
                 STATE_VARIABLE: str(self.state),
                 "PYTHONUNBUFFERED": "1",
+                # SeaweedFS, a Go program, then returns what it no longer uses.
+                "GOMEMLIMIT": "200MiB",
             },
             capture_output=True,
             text=True,

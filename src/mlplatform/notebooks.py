@@ -1,7 +1,7 @@
 """Run notebooks headlessly, in the order that they need each other, and read what they found.
 
-A notebook's metadata names the notebooks whose results it needs, under `mlplatform.needs`; those that do not
-depend on each other run side by side.
+A notebook's metadata names the notebooks whose results it needs, under `mlplatform.needs`, and the on-demand services,
+under `mlplatform.services`. Notebooks that do not depend on each other run side by side.
 """
 
 from __future__ import annotations
@@ -89,8 +89,16 @@ def find_notebooks(folder: Path) -> list[Path]:
 
 def needs(notebook: Path) -> set[str]:
     """Read which notebooks a notebook needs to have run, by name."""
-    metadata = json.loads(notebook.read_text())["metadata"]
-    return set(metadata.get("mlplatform", {}).get("needs", ()))
+    return set(_metadata(notebook).get("needs", ()))
+
+
+def services(notebook: Path) -> set[str]:
+    """Read which on-demand services a notebook needs to be running, by name."""
+    return set(_metadata(notebook).get("services", ()))
+
+
+def _metadata(notebook: Path) -> dict[str, Any]:
+    return dict(json.loads(notebook.read_text())["metadata"].get("mlplatform", {}))
 
 
 def select(notebooks: Iterable[Path], names: Iterable[str]) -> list[Path]:

@@ -58,6 +58,7 @@ class Settings:
         region: The object store's region; any name will do for a local one.
         redis: The online store in Feast's form, `host:port,password=...`.
         feature_server: The Feast feature server, as `http://host:port`.
+        feature_server_token: What a request to it carries as `Authorization: Bearer <token>`.
     """
 
     tracking_uri: str = _variable("MLFLOW_TRACKING_URI")
@@ -69,6 +70,7 @@ class Settings:
     region: str = _variable("AWS_DEFAULT_REGION")
     redis: str = _variable("REDIS_CONNECTION_STRING", secret=True)
     feature_server: str = _variable("FEATURE_SERVER_URL")
+    feature_server_token: str = _variable("FEATURE_SERVER_TOKEN", secret=True)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -158,7 +160,7 @@ def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
     try:
         settings = Settings.from_env(environ)
     except SettingsError:
-        settings = Settings.from_env(read_state(state_folder(environ=environ)))
+        settings = read_settings(state_folder(environ=environ))
     check_services(settings)
     environ.update(settings.to_env())
     return settings
@@ -177,6 +179,23 @@ def read_state(state: Path) -> dict[str, str]:
         raise SettingsError(f"no platform was started here ({path} is missing); run 'make up'") from None
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path} is damaged ({error}); run 'make clean', then 'make up'") from error
+
+
+def read_settings(state: Path) -> Settings:
+    """Read the settings of the embedded platform from its state folder.
+
+    Raises:
+        SettingsError: The file is missing or damaged, or an earlier version of this package wrote it.
+    """
+    environment = read_state(state)
+    try:
+        return Settings.from_env(environment)
+    except SettingsError:
+        missing = VARIABLES.values() - environment.keys()
+        raise SettingsError(
+            f"the platform was started by an earlier version ({', '.join(missing)} missing); "
+            "run 'make down', then 'make up'"
+        ) from None
 
 
 def check_services(settings: Settings, *, timeout_s: float = 3.0) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlplatform.embedded import INNER_PORTS, SERVICES, Embedded, choose_ports, free_port, is_free
-from mlplatform.errors import PortTakenError, ServiceDownError, SettingsError
+from mlplatform.errors import PortTakenError, SettingsError
 
 
 @pytest.fixture
@@ -67,11 +67,6 @@ def test_a_state_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_pat
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SettingsError, match=r"cannot write .*file.*; free it, or set MLPLATFORM_STATE"):
         Embedded(tmp_path / "file" / "state", environ={}, default_ports=False).up()
-
-
-def test_an_on_demand_service_needs_a_running_platform(tmp_path: Path) -> None:
-    with pytest.raises(ServiceDownError, match="the platform is down; run 'make up'"):
-        Embedded(tmp_path / "state", environ={}).start("mlflow")
 
 
 def test_the_status_of_a_platform_that_never_started_says_so(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ COMPLETE = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "REDIS_CONNECTION_STRING": "127.0.0.1:1,password=hush-3",
     "FEATURE_SERVER_URL": "http://127.0.0.1:1",
+    "FEATURE_SERVER_TOKEN": "hush-4",
 }
 
 
@@ -70,6 +72,13 @@ def test_damaged_settings_are_named(no_platform: Path) -> None:
     no_platform.mkdir()
     (no_platform / "settings.json").write_text('{"environment": ')
     with pytest.raises(SettingsError, match=r"settings.json is damaged .* run 'make clean'"):
+        connect()
+
+
+def test_settings_of_an_earlier_version_name_the_way_out(no_platform: Path) -> None:
+    no_platform.mkdir()
+    (no_platform / "settings.json").write_text(json.dumps({"environment": {**COMPLETE, "FEATURE_SERVER_TOKEN": ""}}))
+    with pytest.raises(SettingsError, match=r"earlier version .* run 'make down', then 'make up'"):
         connect()
 
 
