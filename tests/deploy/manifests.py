@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mlplatform.cluster_secrets import write_secrets
+from mlplatform.cluster_secrets import changed_values, write_secrets
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBECTL = Path(sys.executable).parent / "kubectl"
@@ -42,8 +43,16 @@ def compose(folder: Path, *, overlay: str = "local", components: Iterable[str] =
             kustomization["components"].append(reference)
             kustomization["secretGenerator"] += [generators[name] for name in COMPONENT_SECRETS.get(component, ())]
     file.write_text(yaml.safe_dump(kustomization, sort_keys=False))
+    (path / "secrets").mkdir(mode=0o700)
+    (path / "secrets" / "values.env").write_text("".join(f"{key}={value}\n" for key, value in _values().items()))
     write_secrets(path)
     return path
+
+
+@cache
+def _values() -> dict[str, str]:
+    """Values shared by everything that one process composes, so that equal manifests are equal."""
+    return changed_values({})
 
 
 def render(overlay: Path) -> list[Manifest]:
@@ -51,7 +60,7 @@ def render(overlay: Path) -> list[Manifest]:
     outcome = subprocess.run([KUBECTL, "kustomize", str(overlay)], capture_output=True, text=True, check=False)
     if outcome.returncode:
         raise RuntimeError(outcome.stderr.strip())
-    return [document for document in yaml.safe_load_all(outcome.stdout) if document]
+    return [document for document in yaml.load_all(outcome.stdout, yaml.CSafeLoader) if document]
 
 
 def name_of(manifest: Manifest) -> str:
