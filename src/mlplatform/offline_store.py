@@ -500,7 +500,7 @@ def _secret(environ: Mapping[str, str]) -> str:
     given = [f"{option} {_text(value)}" for option, value in options.items() if value]
     if endpoint.netloc:
         given.append(f"USE_SSL {'true' if endpoint.scheme == 'https' else 'false'}")
-    return f"CREATE SECRET (TYPE s3, {', '.join(given)})"
+    return f"CREATE SECRET ({', '.join(['TYPE s3', *given])})"
 
 
 def _microseconds(moment: datetime) -> int:
