@@ -84,7 +84,7 @@ def test_every_run_has_its_parameters(run: Run) -> None:
     assert run.data.params["test_size"] == "0.2"
     own = {
         "xgboost": {"learning_rate": "0.1", "max_depth": "4", "objective": "binary:logistic"},
-        "logistic-regression": {"max_iter": "1000"},
+        "logistic-regression": {"solver": "newton-cholesky", "C": "1.0"},
         "random-forest": {"n_estimators": "100", "max_depth": "None"},
         "decision-tree": {"min_samples_leaf": "1", "criterion": "gini"},
     }[run.info.run_name]

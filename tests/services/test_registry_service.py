@@ -112,6 +112,22 @@ print(json.dumps(model.predict(pd.read_parquet(sys.argv[2]).drop(columns="Target
     assert json.loads(result.stdout.splitlines()[-1]) == modeling.probabilities(runs["good"].model, rows).tolist()
 
 
+def test_requirements_are_stated_and_never_found_out_by_loading_the_model(
+    runs: dict[str, modeling.LoggedRun],
+    parts: tuple[pd.DataFrame, pd.DataFrame],
+    experiment: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("this takes several seconds per model")
+
+    monkeypatch.setattr(mlflow.models, "infer_pip_requirements", fail)
+    with mlflow.start_run():
+        uri = modeling.log_model(runs["good"].model, parts[0])
+    stated = mlflow.artifacts.load_text(f"{uri}/requirements.txt").split()
+    assert set(modeling.requirements(runs["good"].model)) <= set(stated)
+
+
 def test_the_encoder_and_the_answers_are_kept_as_json(
     runs: dict[str, modeling.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame]
 ) -> None:
