@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
 from feast.types import Int64, String
@@ -56,8 +57,12 @@ class Repo:
         return self.folder / f"{view}.parquet"
 
     def write(self, versions: pd.DataFrame) -> None:
-        versions[["user_id", "at", "job"]].to_parquet(self.path("short"))
-        versions[["user_id", "at", "town", "rooms"]].to_parquet(self.path("long"))
+        # Types are given: a column of nothing but nulls has none of its own.
+        text, moment = pa.string(), pa.timestamp("us", "UTC")
+        known = [("user_id", text), ("at", moment), ("job", text), ("town", text), ("rooms", pa.int64())]
+        table = pa.Table.from_pandas(versions, schema=pa.schema(known), preserve_index=False)
+        pq.write_table(table.select(["user_id", "at", "job"]), self.path("short"))
+        pq.write_table(table.select(["user_id", "at", "town", "rooms"]), self.path("long"))
 
     def ask(self, entity_df: pd.DataFrame, features: list[str] | None = None, **options: bool) -> pd.DataFrame:
         return self.store.get_historical_features(entity_df, features or FEATURES, **options).to_df()
