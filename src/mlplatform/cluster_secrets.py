@@ -24,6 +24,7 @@ VALUES = "values.env"
 PREVIOUS = "_PREVIOUS"
 # What `rotate` replaces together. A name and its password change as one, so that old and new can both be valid.
 GROUPS = {
+    "feature-server": ("FEATURE_SERVER_TOKEN",),
     "mlflow": ("MLFLOW_ADMIN_USERNAME", "MLFLOW_ADMIN_PASSWORD"),
     "object-store": ("S3_ACCESS_KEY", "S3_SECRET_KEY", "S3_READER_ACCESS_KEY", "S3_READER_SECRET_KEY"),
     "redis": ("REDIS_PASSWORD", "REDIS_READER_PASSWORD"),
@@ -166,6 +167,7 @@ def derived_files(values: Mapping[str, str], *, postgres: bool, seaweedfs: bool)
                 # MinIO knows one identity, the platform's; SeaweedFS knows one that can only read the registry.
                 **(s3_reader if seaweedfs else s3),
                 "REDIS_CONNECTION_STRING": f"redis:6379,username=reader,password={values['REDIS_READER_PASSWORD']}",
+                **{name: value for name, value in values.items() if name.startswith("FEATURE_SERVER_TOKEN")},
             }
         ),
         "client.env": _env(
@@ -174,6 +176,7 @@ def derived_files(values: Mapping[str, str], *, postgres: bool, seaweedfs: bool)
                 "MLFLOW_TRACKING_USERNAME": values["MLFLOW_ADMIN_USERNAME"],
                 "MLFLOW_TRACKING_PASSWORD": values["MLFLOW_ADMIN_PASSWORD"],
                 "REDIS_CONNECTION_STRING": f"redis:6379,password={values['REDIS_PASSWORD']}",
+                "FEATURE_SERVER_TOKEN": values["FEATURE_SERVER_TOKEN"],
             }
         ),
     }

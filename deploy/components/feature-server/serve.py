@@ -1,13 +1,15 @@
 """Feast's feature server with every endpoint closed but those that read.
 
 Feast opens its write endpoints (/push, /materialize, ...) to anyone who reaches the port. Closing is done by a list of
-what is open, so that an endpoint added by a later release stays shut. The store's own credentials can only read, too.
+what is open, so that an endpoint added by a later release stays shut; reading asks for a token. The server's own
+credentials for the stores can only read, too.
 
 The server is up before there are features: it answers 503 until the first `feast apply` has written a registry.
 """
 
 # ruff: noqa: T201 (its output is the container's log)
 
+import hmac
 import json
 import os
 import threading
@@ -22,8 +24,9 @@ FOLDER = Path(__file__).parent
 class ReadOnly:
     """An ASGI application that passes on what is open and answers for the rest itself."""
 
-    def __init__(self):
+    def __init__(self, tokens):
         self.feast = None
+        self.expected = [f"Bearer {token}".encode() for token in tokens]
 
     def load(self):
         """Wait for the registry, then keep it fresh, since Feast's own timer starts with a lifespan we don't run."""
@@ -54,10 +57,17 @@ class ReadOnly:
             await answer(send, 403, "this feature server only reads: " + ", ".join(path for _, path in sorted(OPEN)))
         elif scope["path"] == "/health":
             await answer(send, 200, "serving" if self.feast else "waiting for a registry; run 'make features'")
+        elif not any(hmac.compare_digest(given(scope), expected) for expected in self.expected):
+            await answer(send, 401, 'send the token: -H "Authorization: Bearer $FEATURE_SERVER_TOKEN"')
         elif self.feast is None:
             await answer(send, 503, "no features are registered yet; run 'make features'")
         else:
             await self.feast(scope, receive, send)
+
+
+def given(scope):
+    """Return what a request carries as its authorization."""
+    return dict(scope["headers"]).get(b"authorization", b"")
 
 
 async def answer(send, status, detail):
@@ -83,6 +93,7 @@ def open_store():
 if __name__ == "__main__":
     import uvicorn
 
-    app = ReadOnly()
+    # Two tokens while one is being replaced.
+    app = ReadOnly([value for name, value in os.environ.items() if name.startswith("FEATURE_SERVER_TOKEN")])
     threading.Thread(target=app.load, daemon=True).start()
     uvicorn.run(app, host="0.0.0.0", port=int(os.environ.get("PORT", "6566")), access_log=False)  # noqa: S104

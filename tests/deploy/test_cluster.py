@@ -1,0 +1,406 @@
+"""Putting the platform on a cluster, watching, reaching and removing it, against a stand-in for the API server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fake_cluster import FakeCluster, serve, write_kubeconfig
+from manifests import compose
+
+from mlplatform.cluster import Cluster, Forward, Workload, describe, images, looks_like_production, render
+from mlplatform.cluster_secrets import GROUPS, PREVIOUS, derived_files, read_env, write_secrets
+from mlplatform.embedded import free_port
+from mlplatform.errors import ClusterError, PortTakenError
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Path:
+    return compose(tmp_path)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
+    with serve(tmp_path) as (cluster, kubeconfig):
+        _use(kubeconfig, monkeypatch)
+        yield cluster
+
+
+def _use(kubeconfig: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+    monkeypatch.setenv("HOME", str(kubeconfig.parent))
+    # The stand-in publishes no schema to validate against; that is done when the manifests are tested.
+    monkeypatch.setattr("mlplatform.cluster.VALIDATION", "--validate=false")
+    # The client reads the variable when it is imported.
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
+
+
+# --- secrets
+
+
+def test_secrets_are_random_private_and_kept(tmp_path: Path) -> None:
+    overlay = compose(tmp_path)
+    files = sorted((overlay / "secrets").iterdir())
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files if path.name != "values.env"} == {0o600}
+    before = {path.name: path.read_text() for path in files}
+    assert write_secrets(overlay) == []
+    assert {path.name: path.read_text() for path in files} == before
+    values = read_env(overlay / "secrets" / "values.env")
+    assert len(set(values.values())) == len(values)
+    (overlay / "secrets" / "values.env").unlink()
+    (overlay / "secrets" / "client.env").unlink()
+    write_secrets(overlay)
+    assert read_env(overlay / "secrets" / "values.env") != values
+    assert stat.S_IMODE((overlay / "secrets" / "values.env").stat().st_mode) == 0o600
+
+
+def test_a_derived_file_that_somebody_changed_is_kept_and_named(overlay: Path) -> None:
+    file = overlay / "secrets" / "users.acl"
+    file.write_text("user default on nopass ~* +@all\n")
+    lines: list[str] = []
+    write_secrets(overlay, notify=lines.append)
+    assert "nopass" in file.read_text()
+    assert any("users.acl" in line and "kept" in line for line in lines)
+
+
+@pytest.mark.parametrize("group", sorted(GROUPS))
+def test_a_rotated_secret_is_valid_beside_the_old_one_until_that_is_retired(tmp_path: Path, group: str) -> None:
+    overlay = compose(tmp_path, overlay="production")
+    path = overlay / "secrets" / "values.env"
+    old = read_env(path)
+    write_secrets(overlay, rotate=[group])
+    both = read_env(path)
+    for name in GROUPS[group]:
+        assert both[name] != old[name]
+        assert both[name + PREVIOUS] == old[name]
+    with pytest.raises(ClusterError, match=f"--retire {group}"):
+        write_secrets(overlay, rotate=[group])
+    write_secrets(overlay, retire=[group])
+    assert read_env(path) == {name: value for name, value in both.items() if not name.endswith(PREVIOUS)}
+
+
+def test_servers_accept_old_and_new_values_during_a_rotation(tmp_path: Path) -> None:
+    overlay = compose(tmp_path, overlay="production")
+    old = read_env(overlay / "secrets" / "values.env")
+    write_secrets(overlay, rotate=["redis", "object-store", "feature-server"])
+    new = read_env(overlay / "secrets" / "values.env")
+    acl = (overlay / "secrets" / "users.acl").read_text().splitlines()[0]
+    identities = (overlay / "secrets" / "s3.json").read_text()
+    server = (overlay / "secrets" / "feature-server.env").read_text()
+    client = (overlay / "secrets" / "client.env").read_text()
+    for values in (old, new):
+        assert f">{values['REDIS_PASSWORD']} " in acl
+        assert values["S3_ACCESS_KEY"] in identities
+        assert values["FEATURE_SERVER_TOKEN"] in server
+    assert new["REDIS_PASSWORD"] in client
+    assert old["REDIS_PASSWORD"] not in client
+
+
+def test_a_group_that_does_not_exist_is_named(overlay: Path) -> None:
+    with pytest.raises(ClusterError, match=r"no secrets are called 'radis'; choose from .*redis"):
+        write_secrets(overlay, rotate=["radis"])
+
+
+def test_an_overlay_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="no overlay at"):
+        write_secrets(tmp_path / "nowhere")
+
+
+def test_a_missing_secret_file_is_named_with_what_makes_it(overlay: Path) -> None:
+    (overlay / "secrets" / "client.env").unlink()
+    with pytest.raises(ClusterError, match=r"client\.env is missing; run 'make k8s-secrets'"):
+        render(overlay)
+
+
+def test_the_feature_server_can_only_read_where_the_store_knows_identities() -> None:
+    values = dict.fromkeys(
+        ["POSTGRES_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY", "REDIS_PROBE_PASSWORD", "REDIS_REPLICA_PASSWORD",
+         "REDIS_SENTINEL_PASSWORD", *(name for names in GROUPS.values() for name in names)], "x",
+    ) | {"S3_ACCESS_KEY": "platform", "S3_READER_ACCESS_KEY": "reader"}  # fmt: skip
+    assert "reader" in derived_files(values, postgres=False, seaweedfs=True)["feature-server.env"].splitlines()[0]
+    assert "platform" in derived_files(values, postgres=False, seaweedfs=False)["feature-server.env"].splitlines()[0]
+
+
+# --- contexts
+
+
+@pytest.mark.parametrize("name", ["production", "eks-prod-1", "PROD", "arn:aws:eks:eu:1:cluster/live", "gke_x_prd"])
+def test_a_name_that_looks_like_production_is_seen(name: str) -> None:
+    assert looks_like_production(name)
+
+
+@pytest.mark.parametrize("name", ["kind-test", "product-team", "reproduce", "olive", "docker-desktop"])
+def test_a_name_that_only_resembles_one_is_not(name: str) -> None:
+    assert not looks_like_production(name)
+
+
+def test_production_is_touched_only_after_a_confirmation(
+    tmp_path: Path, overlay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(tmp_path, context="eks-prod") as (_, kubeconfig):
+        _use(kubeconfig, monkeypatch)
+        with pytest.raises(ClusterError, match=r"eks-prod looks like production; .* --yes"):
+            Cluster(overlay)
+        asked: list[str] = []
+        lines: list[str] = []
+        Cluster(overlay, confirm=lambda question: not asked.append(question), notify=lines.append)
+        assert asked == ["eks-prod looks like production. Go on?"]
+        assert "eks-prod" in lines[0]
+        Cluster(overlay, yes=True)
+
+
+def test_an_unknown_context_is_named_with_those_there_are(fake: FakeCluster, overlay: Path) -> None:
+    with pytest.raises(ClusterError, match="no context 'kind-tets' in the kubeconfig; there are: kind-test"):
+        Cluster(overlay, context="kind-tets")
+
+
+def test_no_kubeconfig_is_said(tmp_path: Path, overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _use(tmp_path / "nothing", monkeypatch)
+    with pytest.raises(ClusterError, match="no kubeconfig to find a cluster in"):
+        Cluster(overlay)
+
+
+def test_a_cluster_that_does_not_answer_is_named_within_seconds(
+    tmp_path: Path, overlay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _use(write_kubeconfig(tmp_path / "config", f"http://127.0.0.1:{free_port()}", "kind-away"), monkeypatch)
+    begun = time.monotonic()
+    with pytest.raises(ClusterError, match=r"the cluster of context kind-away .* does not answer; start it"):
+        Cluster(overlay)
+    assert time.monotonic() - begun < 15
+
+
+# --- up, status, down
+
+
+def test_up_applies_every_object_server_side_and_shows_each_rollout(fake: FakeCluster, overlay: Path) -> None:
+    lines: list[str] = []
+    Cluster(overlay, notify=lines.append).up()
+    applied = {name for _, name in fake.objects}
+    assert applied == {manifest["metadata"]["name"] for manifest in render(overlay)}
+    assert {kind for method, _, kind in fake.requests if method == "PATCH"} == {"application/apply-patch+yaml"}
+    assert lines[0].startswith("context kind-test (http://127.0.0.1:")
+    assert "Deployment mlflow: 1/1 ready" in lines
+    assert "Job buckets: done" in lines
+
+
+def test_up_again_after_a_rotation_runs_the_jobs_anew(fake: FakeCluster, overlay: Path) -> None:
+    cluster = Cluster(overlay)
+    cluster.up()
+    write_secrets(overlay, rotate=["object-store"])
+    fake.requests.clear()
+    cluster.up()
+    assert ("DELETE", "/apis/batch/v1/namespaces/mlplatform/jobs/buckets", "") in fake.requests
+    assert ("jobs", "buckets") in fake.objects
+
+
+def test_a_pod_that_never_gets_ready_is_named_with_its_last_events_and_log(fake: FakeCluster, overlay: Path) -> None:
+    fake.waiting["mlflow"] = "PodInitializing"
+    lines: list[str] = []
+    with pytest.raises(
+        ClusterError, match=r"pod mlflow-0 does not come up: PodInitializing: .*; see 'kubectl --context"
+    ):
+        Cluster(overlay, notify=lines.append).up(timeout_s=3)
+    assert "  event Failed: 0/1 nodes hold the image" in lines
+    assert "  log   no such table: experiments" in lines
+
+
+def test_an_image_that_can_not_be_pulled_ends_the_wait_early(fake: FakeCluster, overlay: Path) -> None:
+    fake.waiting["feature-server"] = "ImagePullBackOff"
+    begun = time.monotonic()
+    with pytest.raises(ClusterError, match="pod feature-server-0 does not come up: ImagePullBackOff"):
+        Cluster(overlay).up(timeout_s=300, patience_s=2)
+    assert time.monotonic() - begun < 30
+
+
+def test_down_keeps_the_volumes_unless_their_deletion_is_confirmed(fake: FakeCluster, overlay: Path) -> None:
+    Cluster(overlay).up()
+    asked: list[str] = []
+    Cluster(overlay, yes=True, confirm=lambda question: bool(asked.append(question))).down()
+    assert set(fake.objects) == {("namespaces", "mlplatform"), ("persistentvolumeclaims", "mlflow")}
+    assert "with all data" in asked[0]
+    Cluster(overlay, confirm=lambda _: True).down()
+    assert ("namespaces", "mlplatform") not in fake.objects
+
+
+def test_status_tells_ready_from_waiting(fake: FakeCluster, overlay: Path) -> None:
+    cluster = Cluster(overlay)
+    cluster.up()
+    fake.waiting["redis"] = "CrashLoopBackOff"
+    found = {workload.name: workload for workload in cluster.workloads()}
+    assert found["mlflow"].done
+    assert not found["redis"].done
+    assert describe(found["redis"]) == "StatefulSet redis: 0/1 ready, CrashLoopBackOff: as the test wants, 3 restarts"
+    assert describe(Workload("Job", "buckets", 1, 1, True)) == "Job buckets: done"
+
+
+def test_images_are_listed_once(overlay: Path) -> None:
+    found = images(render(overlay))
+    assert len(found) == len(set(found)) == 4
+
+
+# --- forwarding
+
+
+RELAY = """
+import socket, sys
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+print("Forwarding from 127.0.0.1:" + sys.argv[1], flush=True)
+while True:
+    connection, _ = server.accept()
+    connection.sendall(sys.argv[2].encode())
+    connection.close()
+"""
+# What kubectl says when something else has the port.
+TAKEN = "print('unable to listen on port: address already in use'); raise SystemExit(1)"
+
+
+def _relay(pod: str, local: int, remote: int) -> list[str]:
+    return [sys.executable, "-c", RELAY, str(local), f"{pod}:{remote}"]
+
+
+def _ask(port: int) -> str:
+    with socket.create_connection(("127.0.0.1", port), 2) as connection:
+        return connection.recv(100).decode()
+
+
+def _eventually(check: Callable[[], bool], timeout_s: float = 15) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            if check():
+                return
+        except OSError:
+            pass
+        time.sleep(0.1)
+    pytest.fail("did not happen")
+
+
+def test_a_forward_that_drops_in_the_middle_of_a_run_comes_back_on_the_same_port() -> None:
+    port = free_port()
+    started: list[int] = []
+
+    def command(pod: str, local: int, remote: int) -> list[str]:
+        started.append(remote)
+        return _relay(pod, local, remote)
+
+    forward = Forward("mlflow", port, lambda: [("mlflow-0", 5000)], command)
+    try:
+        forward.start()
+        assert _ask(port) == "mlflow-0:5000"
+        process = forward._process
+        assert process is not None
+        os.kill(process.pid, signal.SIGKILL)
+        _eventually(lambda: len(started) == 2 and _ask(port) == "mlflow-0:5000")
+    finally:
+        forward.stop()
+
+
+def test_a_forward_follows_when_its_pod_is_replaced() -> None:
+    port, pods, lines = free_port(), ["mlflow-a"], list[str]()
+    forward = Forward("mlflow", port, lambda: [(pod, 5000) for pod in pods], _relay, lines.append)
+    try:
+        forward.start()
+        pods[:] = []
+        time.sleep(1.5)
+        pods[:] = ["mlflow-b"]
+        _eventually(lambda: _ask(port) == "mlflow-b:5000")
+        assert lines == ["mlflow: the forward to mlflow-a dropped; leading to mlflow-b"]
+    finally:
+        forward.stop()
+
+
+def test_a_forward_that_works_outlives_an_api_server_that_is_away() -> None:
+    port, away = free_port(), threading.Event()
+
+    def target() -> list[tuple[str, int]]:
+        if away.is_set():
+            raise ClusterError("the cluster does not answer")
+        return [("mlflow-0", 5000)]
+
+    forward = Forward("mlflow", port, target, _relay)
+    try:
+        forward.start()
+        process = forward._process
+        away.set()
+        time.sleep(2.5)
+        assert _ask(port) == "mlflow-0:5000"
+        assert forward._process is process
+    finally:
+        forward.stop()
+
+
+def test_a_port_that_is_taken_while_forwarding_is_named() -> None:
+    forward = Forward("mlflow", 5000, lambda: [("mlflow-0", 5000)], lambda *_: [sys.executable, "-c", TAKEN])
+    try:
+        with pytest.raises(PortTakenError, match=r"port 5000, on which mlflow is forwarded.*MLPLATFORM_MLFLOW_PORT"):
+            forward.start()
+    finally:
+        forward.stop()
+
+
+def test_a_service_without_a_ready_pod_is_named() -> None:
+    forward = Forward("redis", free_port(), lambda: [], _relay)
+    try:
+        with pytest.raises(ClusterError, match="redis can't be forwarded within 1 s; run 'make k8s-status'"):
+            forward.start(timeout_s=1)
+    finally:
+        forward.stop()
+
+
+def test_a_port_that_the_user_set_and_that_is_taken_is_an_error(fake: FakeCluster, overlay: Path) -> None:
+    cluster = Cluster(overlay)
+    cluster.up()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(PortTakenError, match=r"MLPLATFORM_REDIS_PORT=\d+, on which redis is to be forwarded, is taken"),
+        cluster.forwarded({"MLPLATFORM_REDIS_PORT": str(server.getsockname()[1])}),
+    ):
+        pass
+
+
+def test_forwarding_before_up_says_what_to_run(fake: FakeCluster, overlay: Path) -> None:
+    with pytest.raises(ClusterError, match="run 'make k8s-up'"), Cluster(overlay).forwarded({}):
+        pass
+
+
+def test_forwarding_gives_settings_with_the_clusters_credentials(
+    fake: FakeCluster, overlay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(overlay)
+    cluster.up()
+    monkeypatch.setattr(cluster, "_forward_command", _relay)
+    secrets = read_env(overlay / "secrets" / "client.env")
+    with cluster.forwarded({}) as settings:
+        assert settings.tracking_username == secrets["MLFLOW_TRACKING_USERNAME"]
+        assert settings.redis.endswith(secrets["REDIS_CONNECTION_STRING"].split(",")[1])
+        assert _ask(int(settings.tracking_uri.rsplit(":", 1)[1])) == "mlflow-0:5000"
+        assert _ask(int(settings.s3_endpoint.rsplit(":", 1)[1])) == "minio-0:9000"
+    with pytest.raises(OSError, match="refused"):
+        _ask(int(settings.tracking_uri.rsplit(":", 1)[1]))
+
+
+def test_kubectl_is_called_with_the_context_by_name(
+    fake: FakeCluster, overlay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    real = subprocess.run
+
+    def record(command: list[str], **options: object) -> object:
+        seen.append([str(part) for part in command])
+        return real(command, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("mlplatform.cluster.subprocess.run", record)
+    Cluster(overlay).up()
+    calls = [command for command in seen if "kustomize" not in command]
+    assert calls
+    assert all(command[1:3] == ["--context", "kind-test"] for command in calls)
