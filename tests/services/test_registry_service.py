@@ -117,6 +117,7 @@ def test_requirements_are_stated_and_never_found_out_by_loading_the_model(
     parts: tuple[pd.DataFrame, pd.DataFrame],
     experiment: str,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("this takes several seconds per model")
@@ -124,7 +125,8 @@ def test_requirements_are_stated_and_never_found_out_by_loading_the_model(
     monkeypatch.setattr(mlflow.models, "infer_pip_requirements", fail)
     with mlflow.start_run():
         uri = modeling.log_model(runs["good"].model, parts[0])
-    stated = mlflow.artifacts.load_text(f"{uri}/requirements.txt").split()
+    model = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path)))
+    stated = (model / "requirements.txt").read_text().split()
     assert set(modeling.requirements(runs["good"].model)) <= set(stated)
 
 
