@@ -42,6 +42,7 @@ from mlplatform.settings import (
     probe_online_store,
     read_settings,
     read_state,
+    s3_client,
 )
 
 Notify = Callable[[str], None]
@@ -356,15 +357,7 @@ _INHERITED = {"HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "TZ", "OPENBLAS_CORETY
 
 def make_buckets(settings: Settings) -> None:
     """Make the buckets that are not there yet."""
-    import boto3
-
-    client = boto3.session.Session().client(
-        "s3",
-        endpoint_url=settings.s3_endpoint,
-        aws_access_key_id=settings.access_key,
-        aws_secret_access_key=settings.secret_key,
-        region_name=settings.region,
-    )
+    client = s3_client(settings)
     present = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
     for bucket in BUCKETS:
         if bucket not in present:

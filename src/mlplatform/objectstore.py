@@ -25,11 +25,10 @@ import pyarrow
 from botocore.config import Config
 
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, ServiceDownError
+from mlplatform.settings import Settings, s3_client
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-
-    from mlplatform.settings import Settings
 
 DIGEST_LENGTH = 16  # hexadecimal digits of the sha256 in a name: 64 bits, no accidental twin below 10^9 objects
 ADDRESSED = re.compile(rf"-(?P<digest>[0-9a-f]{{{DIGEST_LENGTH}}})\.(?:parquet|csv)$")
@@ -47,21 +46,10 @@ def client(settings: Settings | None = None) -> S3Client:
     Args:
         settings: The platform; by default the standard `AWS_*` variables decide, as for any other tool.
     """
-    if settings is None:
-        return _new_client({})
-    return _new_client(
-        {
-            "endpoint_url": settings.s3_endpoint,
-            "aws_access_key_id": settings.access_key,
-            "aws_secret_access_key": settings.secret_key,
-            "region_name": settings.region,
-        }
-    )
-
-
-def _new_client(options: Mapping[str, Any]) -> S3Client:
     config = Config(connect_timeout=5, read_timeout=60, retries={"total_max_attempts": 3, "mode": "standard"})
-    made: S3Client = boto3.session.Session().client("s3", config=config, **options)
+    if settings is not None:
+        return s3_client(settings, config)
+    made: S3Client = boto3.session.Session().client("s3", config=config)
     return made
 
 

@@ -12,9 +12,14 @@ from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from mlplatform.errors import CredentialsError, ServiceDownError, SettingsError
+
+if TYPE_CHECKING:
+    from botocore.config import Config
+    from mypy_boto3_s3 import S3Client
 
 DATASETS_BUCKET = "mlflow-datasets"
 ARTIFACTS_BUCKET = "mlflow-artifacts"
@@ -220,19 +225,16 @@ def check_services(settings: Settings, *, timeout_s: float = 3.0) -> None:
             result.result()
 
 
-def probe_object_store(settings: Settings, timeout_s: float) -> None:
-    """List the buckets.
+def s3_client(settings: Settings, config: Config | None = None) -> S3Client:
+    """Give a client of the platform's object store.
 
-    Raises:
-        ServiceDownError: The object store does not answer.
-        CredentialsError: It refuses the keys.
+    Args:
+        settings: The platform.
+        config: Time limits and retries; botocore's own by default.
     """
     import boto3
-    import botocore.exceptions
-    from botocore.config import Config
 
-    config = Config(connect_timeout=timeout_s, read_timeout=timeout_s, retries={"total_max_attempts": 1})
-    client = boto3.session.Session().client(
+    client: S3Client = boto3.session.Session().client(
         "s3",
         endpoint_url=settings.s3_endpoint,
         aws_access_key_id=settings.access_key,
@@ -240,6 +242,21 @@ def probe_object_store(settings: Settings, timeout_s: float) -> None:
         region_name=settings.region,
         config=config,
     )
+    return client
+
+
+def probe_object_store(settings: Settings, timeout_s: float) -> None:
+    """List the buckets.
+
+    Raises:
+        ServiceDownError: The object store does not answer.
+        CredentialsError: It refuses the keys.
+    """
+    import botocore.exceptions
+    from botocore.config import Config
+
+    config = Config(connect_timeout=timeout_s, read_timeout=timeout_s, retries={"total_max_attempts": 1})
+    client = s3_client(settings, config)
     try:
         client.list_buckets()
     except botocore.exceptions.ClientError as error:
