@@ -49,13 +49,13 @@ class ReadOnly:
             await _live(receive, send)
         elif scope["type"] != "http" or (scope["method"], scope["path"]) not in OPEN:
             reads = ", ".join(" ".join(pair) for pair in sorted(OPEN))
-            await _answer(scope, send, 403, f"this feature server only reads: {reads}")
+            await answer(scope, send, 403, f"this feature server only reads: {reads}")
         elif (scope["method"], scope["path"]) == HEALTH:
-            await _answer(scope, send, 200, "serving" if self._find() else WAITING)
+            await answer(scope, send, 200, "serving" if self._find() else WAITING)
         elif not self._knows(scope):
-            await _answer(scope, send, 401, f'send the token: -H "Authorization: Bearer ${TOKEN_VARIABLE}"')
+            await answer(scope, send, 401, f'send the token: -H "Authorization: Bearer ${TOKEN_VARIABLE}"')
         elif (app := self._find()) is None:
-            await _answer(scope, send, 503, WAITING)
+            await answer(scope, send, 503, WAITING)
         else:
             await app(scope, receive, send)
 
@@ -113,7 +113,8 @@ async def _live(receive: Receive, send: Send) -> None:
     await send({"type": "lifespan.shutdown.complete"})
 
 
-async def _answer(scope: Scope, send: Send, status: int, detail: str) -> None:
+async def answer(scope: Scope, send: Send, status: int, detail: str) -> None:
+    """Send a small JSON document, or close a websocket."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
