@@ -111,6 +111,11 @@ def test_columns_in_another_order_and_a_byte_order_mark_are_accepted(tmp_path: P
     assert read.iloc[0].to_dict() == values
 
 
+def test_a_category_that_looks_like_a_null_is_text(tmp_path: Path) -> None:
+    read = income.read_income(write(tmp_path, HEADER + "\n" + ROW.replace("Cuba", "NA")))
+    assert read["Native_country"].item() == "NA"
+
+
 def test_the_split_keeps_every_row_whole_and_the_share_of_targets(frame: pd.DataFrame) -> None:
     train, test = income.split(frame, seed=42)
     assert (len(train), len(test)) == (24_129, 6_033)

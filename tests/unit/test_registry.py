@@ -45,4 +45,6 @@ def test_a_better_score_on_other_test_rows_is_not_promoted() -> None:
 
 
 def test_the_champion_does_not_challenge_itself() -> None:
-    assert not judge(version(1), version(1)).promoted
+    outcome = judge(version(1), version(1))
+    assert not outcome.promoted
+    assert "champion already" in outcome.reason
