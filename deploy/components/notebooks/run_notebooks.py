@@ -10,12 +10,31 @@ from pathlib import Path
 
 import boto3
 
+from mlplatform.errors import ServiceDownError
+from mlplatform.settings import connect
+
 BUCKET = "executed-notebooks"
 OUTPUT = Path("build/notebooks")
+WAIT_S = 900
+
+
+def wait() -> None:
+    """Wait for the platform, which may have been applied together with this Job."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        try:
+            connect()
+            return
+        except ServiceDownError as error:
+            if time.monotonic() > deadline:
+                raise
+            print(f"waiting: {error}", flush=True)
+            time.sleep(3)
 
 
 def main() -> int:
     """Run, upload, and return the run's exit status."""
+    wait()
     prefix = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
     command = [sys.executable, "-m", "mlplatform", "run", "--platform", "env", "--output", str(OUTPUT), *sys.argv[1:]]
     status = subprocess.run(command, check=False).returncode

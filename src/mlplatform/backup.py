@@ -1,0 +1,116 @@
+"""Save the buckets and MLflow's SQLite files to a folder, and put them back: `python -m mlplatform.backup save FOLDER`.
+
+Works on any platform that the environment names (`make env`, or `make k8s-forward`). A Postgres database is saved with
+its own tools, before the buckets: then every artifact that it names is in the copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sqlite3
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from mlplatform.errors import MissingObjectError, PlatformError
+from mlplatform.objectstore import client
+from mlplatform.settings import BUCKETS, connect
+
+
+def save(store: Any, folder: Path, *, databases: Iterable[Path] = ()) -> int:
+    """Copy databases, then every object, into a folder.
+
+    Args:
+        store: A boto3 S3 client.
+        folder: Where to; made if need be.
+        databases: SQLite files, which may be in use.
+
+    Returns:
+        How many objects the copy holds.
+    """
+    (folder / "databases").mkdir(parents=True, exist_ok=True)
+    for database in databases:
+        if not database.is_file():
+            raise MissingObjectError(f"no database at {database}; name the platform's, .platform/mlflow/mlflow.db")
+        copy_sqlite(database, folder / "databases" / database.name)
+    count = 0
+    for bucket in BUCKETS:
+        for key in _keys(store, bucket):
+            path = _below(folder / "buckets" / bucket, key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.part")
+            store.download_file(bucket, key, str(part))
+            part.replace(path)
+            count += 1
+    return count
+
+
+def restore(store: Any, folder: Path) -> int:
+    """Copy every saved object back to its bucket, which must be there.
+
+    Args:
+        store: A boto3 S3 client.
+        folder: What `save` filled.
+
+    Returns:
+        How many objects were copied.
+
+    Raises:
+        MissingObjectError: The folder holds no copy.
+    """
+    if not (folder / "buckets").is_dir():
+        raise MissingObjectError(f"no copy in {folder}; name a folder that 'python -m mlplatform.backup save' filled")
+    files = sorted(path for path in (folder / "buckets").rglob("*") if path.is_file())
+    for path in files:
+        bucket, *key = path.relative_to(folder / "buckets").parts
+        store.upload_file(str(path), bucket, "/".join(key))
+    return len(files)
+
+
+def copy_sqlite(source: Path, target: Path) -> None:
+    """Copy a database that may be written to meanwhile, as of one moment."""
+    target.unlink(missing_ok=True)
+    with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
+        old.backup(new)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlplatform.backup", description="Save or restore the platform's data."
+    )
+    parser.add_argument("command", choices=("save", "restore"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--database", type=Path, action="append", default=[], help="a SQLite file to save too")
+    options = parser.parse_args(arguments)
+    try:
+        connect(os.environ)
+        if options.command == "save":
+            count = save(client(), options.folder, databases=options.database)
+        else:
+            count = restore(client(), options.folder)
+    except PlatformError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    print(f"{options.command}d {count} objects", file=sys.stderr)  # noqa: T201
+    return 0
+
+
+def _keys(store: Any, bucket: str) -> Iterator[str]:
+    for page in store.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+        yield from (entry["Key"] for entry in page.get("Contents", ()) if not entry["Key"].endswith("/"))
+
+
+def _below(folder: Path, key: str) -> Path:
+    """Turn a key into a path, which must not lead out of the folder."""
+    path = (folder / key).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise MissingObjectError(f"the key {key!r} can't be a file's name; copy its bucket with another tool")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

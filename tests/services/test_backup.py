@@ -1,0 +1,66 @@
+"""What is saved from one platform is there on another, new one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import boto3
+import mlflow
+import pytest
+
+from mlplatform import backup
+from mlplatform.embedded import Embedded
+from mlplatform.errors import MissingObjectError
+from mlplatform.objectstore import client
+from mlplatform.settings import DATASETS_BUCKET, Settings
+
+
+def _store(settings: Settings) -> object:
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=settings.s3_endpoint,
+        aws_access_key_id=settings.access_key,
+        aws_secret_access_key=settings.secret_key,
+        region_name=settings.region,
+    )
+
+
+def test_a_new_platform_finds_every_object_and_run_of_the_saved_one(
+    embedded: Embedded, platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client().put_object(Bucket=DATASETS_BUCKET, Key="backup/one.csv", Body=b"a,b\n")
+    mlflow.set_tracking_uri(platform.tracking_uri)
+    mlflow.set_experiment("backup")
+    with mlflow.start_run() as run:
+        mlflow.log_metric("answer", 42)
+        mlflow.log_text("kept", "note.txt")
+    copy = tmp_path / "copy"
+    command = ["save", str(copy), "--database", str(embedded.state / "mlflow" / "mlflow.db")]
+    assert backup.main(command) == 0
+
+    other = Embedded(tmp_path / "other", environ={}, default_ports=False)
+    (other.state / "mlflow").mkdir(parents=True)
+    backup.copy_sqlite(copy / "databases" / "mlflow.db", other.state / "mlflow" / "mlflow.db")
+    try:
+        settings = other.up()
+        assert backup.restore(_store(settings), copy) > 1
+        for name, value in settings.to_env().items():
+            monkeypatch.setenv(name, value)
+        mlflow.set_tracking_uri(settings.tracking_uri)
+        found = mlflow.get_run(run.info.run_id)
+        assert found.data.metrics == {"answer": 42}
+        assert mlflow.artifacts.load_text(f"{found.info.artifact_uri}/note.txt") == "kept"
+        assert client().get_object(Bucket=DATASETS_BUCKET, Key="backup/one.csv")["Body"].read() == b"a,b\n"
+    finally:
+        other.clean()
+        mlflow.set_tracking_uri(platform.tracking_uri)
+
+
+def test_restoring_from_nothing_says_so(platform: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert backup.main(["restore", str(tmp_path)]) == 1
+    assert "no copy in" in capsys.readouterr().err
+
+
+def test_saving_a_database_that_is_not_there_says_so(platform: Settings, tmp_path: Path) -> None:
+    with pytest.raises(MissingObjectError, match="no database at"):
+        backup.save(client(), tmp_path, databases=[tmp_path / "nothing.db"])
