@@ -191,12 +191,12 @@ def _is_later(moment: bytes, known: bytes) -> bool:
 
 def _serialised(view: FeatureView, name: str, kind: ValueType, batch: pa.RecordBatch) -> list[bytes]:
     """Serialise a column, each distinct value once; a null becomes an empty message, which Feast reads as null."""
-    encoded = pa.compute.dictionary_encode(batch.column(name), null_encoding="encode")
-    try:
-        distinct = python_values_to_proto_values(encoded.dictionary.to_pylist(), kind)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{view.name}:{name} is {batch.column(name).type}, and its view says {kind.name}; run 'make features'"
-        ) from error
+    column = batch.column(name)
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    # Feast's conversion would write the number 1 as the text "1".
+    if kind == ValueType.STRING and not is_text and column.null_count < len(column):
+        raise DataError(f"{view.name}:{name} is {column.type}, and its view says {kind.name}; run 'make features'")
+    encoded = pa.compute.dictionary_encode(column, null_encoding="encode")
+    distinct = python_values_to_proto_values(encoded.dictionary.to_pylist(), kind)
     messages = [value.SerializeToString() for value in distinct]
     return [messages[index] for index in encoded.indices.to_pylist()]

@@ -1,0 +1,139 @@
+"""The feature server and the Feast UI as processes, on the platform."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import requests
+
+from mlplatform import features, history
+from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError
+from mlplatform.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "test-token"  # noqa: S105 - of servers that live for one test
+STEADY = {"features": ["demographic:Sex"], "entities": {"user_id": [history.STEADY_USER]}}
+
+
+@contextmanager
+def running(module: str, repo: Path) -> Iterator[str]:
+    """Run one of our servers on a free port, and give its address once it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, "--port", str(port)], cwd=repo, env={**os.environ, "FEATURE_SERVER_TOKEN": TOKEN}
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            assert process.poll() is None, f"{module} ended with {process.returncode}"
+            try:
+                requests.get(f"{url}/health", timeout=5)
+            except requests.ConnectionError:
+                time.sleep(0.1)
+            else:
+                break
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def built(platform: Settings) -> Settings:
+    features.build(ROOT / "data" / "income_data.csv", ROOT / "feature_repo")
+    return platform
+
+
+@pytest.fixture(scope="module")
+def server(built: Settings) -> Iterator[str]:
+    with running("mlplatform.feature_server", ROOT / "feature_repo") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def environ(server: str) -> dict[str, str]:
+    return {"FEATURE_SERVER_URL": server, "FEATURE_SERVER_TOKEN": TOKEN}
+
+
+def test_the_documented_user_is_answered_as_documented(server: str):
+    reply = requests.post(
+        f"{server}/get-online-features", json=STEADY, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=20
+    )
+    assert reply.status_code == 200
+    answer = reply.json()
+    column = answer["results"][answer["metadata"]["feature_names"].index("Sex")]
+    assert column == {"values": ["Male"], "statuses": ["PRESENT"], "event_timestamps": ["2023-01-24T06:52:20Z"]}
+
+
+def test_over_http_and_through_the_sdk_the_answers_are_the_same(built: Settings, environ: dict[str, str]):
+    store = features.open_store(ROOT / "feature_repo")
+    users = [history.STEADY_USER, history.CHANGING_USER, "a-stranger"]
+    for names in (features.SERVICE, ["occupation:Education", "demographic:Sex"]):
+        by_http = features.read_server(users, names, environ=environ)
+        assert by_http.equals(features.read_online(store, users, names))
+        assert by_http["found"].tolist() == [True, True, False]
+
+
+def test_without_the_token_nothing_is_read(server: str, environ: dict[str, str]):
+    assert requests.post(f"{server}/get-online-features", json=STEADY, timeout=20).status_code == 401
+    with pytest.raises(CredentialsError, match="refuses the token; check FEATURE_SERVER_TOKEN"):
+        features.read_server(["x"], environ={**environ, "FEATURE_SERVER_TOKEN": "other"})
+
+
+def test_nothing_is_written(server: str):
+    for path in ("push", "write-to-online-store", "materialize", "materialize-incremental"):
+        reply = requests.post(f"{server}/{path}", json={}, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=20)
+        assert reply.status_code == 403, path
+
+
+def test_a_misspelt_name_is_an_error_and_not_a_null(environ: dict[str, str]):
+    for names in (["demografic:Sex"], ["demographic:Sexx"], "income_v9"):
+        with pytest.raises(RegistryError, match=r"answers 4|answers 5"):
+            features.read_server(["x"], names, environ=environ)
+
+
+def test_a_server_that_is_not_there_is_named_with_what_to_run(environ: dict[str, str]):
+    with pytest.raises(ServiceDownError, match="does not answer; run 'make serve'"):
+        features.read_server(["x"], environ={**environ, "FEATURE_SERVER_URL": "http://127.0.0.1:9"})
+
+
+def test_a_server_started_before_there_are_features_serves_them_as_soon_as_there_are(built: Settings, tmp_path: Path):
+    repo = tmp_path / "repo"
+    shutil.copytree(ROOT / "feature_repo", repo, ignore=shutil.ignore_patterns("__pycache__"))
+    config = repo / "feature_store.yaml"
+    config.write_text(config.read_text().replace("registry.db", f"late-{uuid4().hex}.db"))
+    with running("mlplatform.feature_server", repo) as url:
+        environ = {"FEATURE_SERVER_URL": url, "FEATURE_SERVER_TOKEN": TOKEN}
+        with pytest.raises(ServiceDownError, match=r"503 .*no features are registered yet; run 'make features'"):
+            features.read_server([history.STEADY_USER], environ=environ)
+        features.apply(repo)
+        deadline = time.monotonic() + 30
+        while requests.get(f"{url}/health", timeout=5).json()["detail"] != "serving":
+            assert time.monotonic() < deadline, "the server never noticed the registry"
+            time.sleep(0.2)
+        # The same project, so the values loaded before are there.
+        assert features.read_server([history.STEADY_USER], environ=environ)["found"].tolist() == [True]
+
+
+def test_the_ui_shows_what_is_registered_and_changes_nothing(built: Settings):
+    with running("mlplatform.feature_ui", ROOT / "feature_repo") as url:
+        assert "Feast" in requests.get(f"{url}/p/income", timeout=20).text
+        for kind, count in {"feature_views": 3, "feature_services": 1, "data_sources": 3}.items():
+            answer = requests.get(f"{url}/api/v1/{kind}", params={"project": "income"}, timeout=20).json()
+            listed = next(value for value in answer.values() if isinstance(value, list))
+            assert len(listed) == count, kind
+        refused = requests.delete(f"{url}/api/v1/feature_views/demographic", params={"project": "income"}, timeout=20)
+        assert refused.status_code == 403
+        assert requests.get(url, headers={"Host": "elsewhere.example"}, timeout=20).status_code == 400
