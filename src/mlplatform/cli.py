@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlplatform.errors import NotebookError, PlatformError
-from mlplatform.settings import Settings, connect, find_root, state_folder
+from mlplatform.settings import Settings, connect, find_root, hasten_feast, state_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -193,6 +193,7 @@ def _platform(kind: str, services: Collection[str]) -> Settings:
         return connect()
     from mlplatform.embedded import Embedded
 
+    hasten_feast()
     return Embedded(state_folder()).up(also=services, notify=_say)
 
 
