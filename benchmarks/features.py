@@ -14,9 +14,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,19 @@ def main() -> None:
     parser.add_argument("--scales", type=int, nargs="+", default=[1, 10], help="multiples of the data")
     parser.add_argument("--repeats", type=int, default=3, help="runs of which the best counts")
     options = parser.parse_args()
-    rows: list[Row] = []
-    for scale in options.scales:
-        rows += measure(scale, options.repeats)
-    rows += measure_online()
-    table = [("what", "data", "contender", "figure"), ("---",) * 4, *rows]
-    sys.stdout.writelines(f"| {' | '.join(row)} |\n" for row in table)
+    show(("what", "data", "contender", "figure"))
+    show(("---",) * 4)
+    for row in chain(measure_online(), *(measure(scale, options.repeats) for scale in options.scales)):
+        show(row)
 
 
-def measure(scale: int, repeats: int) -> list[Row]:
+def show(cells: Sequence[str]) -> None:
+    """Write a line of the table as soon as it is known."""
+    sys.stdout.write(f"| {' | '.join(cells)} |\n")
+    sys.stdout.flush()
+
+
+def measure(scale: int, repeats: int) -> Iterator[Row]:
     """Time retrieval and materialising at one scale."""
     versions = make_versions(scale)
     entity_df = versions[["user_id", "event_timestamp"]]
@@ -65,16 +70,16 @@ def measure(scale: int, repeats: int) -> list[Row]:
         }
         if scale == 1:  # takes minutes at 10 times the data, see docs/decisions
             lookups["hand-written ASOF JOIN"] = lambda: by_hand(entity_df, folder, ASOF)
-        rows = [rate("history", size, name, run, len(versions), repeats) for name, run in lookups.items()]
+        for name, run in lookups.items():
+            yield rate("history", size, name, run, len(versions), repeats)
 
         users = versions.loc[versions["event_timestamp"] <= features.MATERIALISE_END, "user_id"].nunique()
         loads = {"ours": ours, "Feast's stock settings, files on disk": stock}
         for name, store in loads.items():
             best = min(first_load(store) for _ in range(repeats))
-            rows.append(figure("materialise", size, f"{name}, first load", users * 3, best))
-            rows.append(rate("materialise", size, f"{name}, again", partial(load, store), users * 3, repeats))
-        rows.append(rate("materialise", size, "bare pipelined HSET", lambda: bare_writes(versions), users * 3, repeats))
-    return rows
+            yield figure("materialise", size, f"{name}, first load", users * 3, best)
+            yield rate("materialise", size, f"{name}, again", partial(load, store), users * 3, repeats)
+        yield rate("materialise", size, "bare pipelined HSET", lambda: bare_writes(versions), users * 3, repeats)
 
 
 def make_versions(scale: int) -> pd.DataFrame:
@@ -137,11 +142,11 @@ WINDOW = """
 """
 
 
-def by_hand(entity_df: pd.DataFrame, folder: str, query: str) -> list[pa.Table]:
-    """Join the three files as somebody would who needs only that: no ttl, no checks, one answer per view."""
+def by_hand(entity_df: pd.DataFrame, folder: str, query: str) -> pd.DataFrame:
+    """Join the three files as somebody would who needs only that: no ttl, no checks of files, names or types."""
     asked = pa.Table.from_pandas(entity_df.rename(columns={"event_timestamp": "moment"}), preserve_index=False)
     asked = asked.append_column("place", pa.array(range(len(asked))))
-    answers = []
+    answers = [entity_df.reset_index(drop=True)]
     with connection() as duck:
         duck.register("asked", asked)
         for view, names in history.VIEWS.items():
@@ -149,8 +154,8 @@ def by_hand(entity_df: pd.DataFrame, folder: str, query: str) -> list[pa.Table]:
             text = query.format(columns=columns, uri=f"{folder}/{view}.parquet")
             if query is WINDOW:
                 text = text.replace(f"SELECT {columns}", f"SELECT {', '.join(f'known.{name}' for name in names)}", 1)
-            answers.append(duck.sql(text).to_arrow_table())
-    return answers
+            answers.append(duck.sql(text).to_arrow_table().to_pandas())
+    return pd.concat(answers, axis=1)
 
 
 def load(store: FeatureStore) -> None:
@@ -185,7 +190,7 @@ def bare_writes(versions: pd.DataFrame) -> None:
             client.unlink(*keys[start : start + 10_000])
 
 
-def measure_online() -> list[Row]:
+def measure_online() -> Iterator[Row]:
     """Time reading eight features of 1 and of 100 users, one after another."""
     store = features.open_store()
     store.config.mlflow.enabled = False
@@ -195,7 +200,6 @@ def measure_online() -> list[Row]:
     session = requests.Session()
     session.headers["Authorization"] = f"Bearer {os.environ.get('FEATURE_SERVER_TOKEN', '')}"
     url = f"{os.environ['FEATURE_SERVER_URL']}/get-online-features"
-    rows = []
     with redis_client() as client:
 
         def bare(asked: list[str]) -> None:
@@ -216,8 +220,7 @@ def measure_online() -> list[Row]:
                 read(users[:count])
                 times = sorted(timed(partial(read, users[at : at + count])) for at in range(calls))
                 p50, p99 = statistics.median(times) * 1000, times[int(len(times) * 0.99)] * 1000
-                rows.append(("online read", f"{count} users", name, f"p50 {p50:.2f} ms, p99 {p99:.2f} ms"))
-    return rows
+                yield "online read", f"{count} users", name, f"p50 {p50:.2f} ms, p99 {p99:.2f} ms"
 
 
 def rate(what: str, size: str, name: str, run: Callable[[], object], rows: int, repeats: int) -> Row:
