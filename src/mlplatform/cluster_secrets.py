@@ -33,6 +33,7 @@ GROUPS = {
 INNER = (
     "MLFLOW_FLASK_SERVER_SECRET_KEY",
     "POSTGRES_PASSWORD",
+    "REDIS_OPERATOR_PASSWORD",
     "REDIS_PROBE_PASSWORD",
     "REDIS_REPLICA_PASSWORD",
     "REDIS_SENTINEL_PASSWORD",
@@ -235,6 +236,7 @@ def _acl(values: Mapping[str, str]) -> str:
         # `info`, since clients ask for the server's version; the rest of @dangerous is for operators.
         user("default", "REDIS_PASSWORD", "~* &* +@all -@admin -@dangerous +info")
         + user("reader", "REDIS_READER_PASSWORD", "~* +@read +@connection -@dangerous +info")
+        + user("operator", "REDIS_OPERATOR_PASSWORD", "resetkeys +ping +acl|load +acl|list +info +role")
         + user("probe", "REDIS_PROBE_PASSWORD", "resetkeys +ping +info +auth")
         + user("replica", "REDIS_REPLICA_PASSWORD", "resetkeys +psync +replconf +ping")
         + user(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import copy
 import ctypes
@@ -38,10 +39,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import redis
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "tests" / "deploy"))
-
-import base64  # noqa: E402
 
 from manifests import (  # noqa: E402
     Manifest,
@@ -69,7 +70,6 @@ NEEDED = {"runc": "runc", "mmdebstrap": "mmdebstrap", "ip": "iproute2"}
 PODS = ipaddress.ip_network("10.244.7.0/24")
 SERVICES = ipaddress.ip_network("10.96.7.0/24")
 START_TIMEOUT_S = 240
-MAX_RESTARTS = 3
 CAPABILITY_SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")
 CHECKED_POD_FIELDS = {
     "affinity", "automountServiceAccountToken", "containers", "enableServiceLinks", "initContainers", "restartPolicy",
@@ -229,7 +229,8 @@ def image_of(name: str) -> Image:
 class Cluster:
     """Everything that the manifests describe, on this machine."""
 
-    def __init__(self, manifests: list[Manifest], root: Path, folder: Path) -> None:
+    def __init__(self, manifests: list[Manifest], root: Path, folder: Path, *, max_restarts: int = 3) -> None:
+        self.max_restarts = max_restarts
         self.manifests = manifests
         self.root = root
         self.folder = folder
@@ -402,7 +403,7 @@ class Cluster:
                     if container.process and container.process.poll() is not None and not self.stopping.is_set():
                         container.ready = False
                         reason = self._ended(container)
-                        if container.restarts >= MAX_RESTARTS:
+                        if container.restarts >= self.max_restarts:
                             raise PodError(self._explain(pod, reason, container))
                         container.restarts += 1
                         print(f"    {pod.name}/{container.name}: {reason}; restarting", flush=True)
@@ -807,11 +808,56 @@ def show_that_it_works(manifests: list[Manifest], root: Path, folder: Path, comm
             print(f"  the notebooks' Job is done after {time.monotonic() - begun:.0f} s:")
             print("".join(f"    | {line}\n" for line in pod.containers[-1].log.read_text().splitlines()[-25:]))
         cluster.wait(lambda pod: pod.ready, timeout_s=5, what="ready any more", of=servers)
+        if any(pod.workload["metadata"]["name"] == "redis-proxy" for pod in servers):
+            show_a_failover(cluster, servers)
         if cluster.denied:
             raise PodError("the network policies forbid what is needed: " + "; ".join(sorted(set(cluster.denied))))
     finally:
         cluster.stop()
         cluster.report()
+
+
+def show_a_failover(cluster: Cluster, servers: list[Pod]) -> None:
+    """Freeze Redis's primary as a lost node would, and write through the Service until a replica has taken over."""
+    nodes = [pod for pod in servers if pod.workload["metadata"]["name"] == "redis"]
+    users = next(s for s in of_kind(cluster.manifests, "Secret") if s["metadata"]["name"] == "redis-users")
+    password = _secret_data(users)["REDIS_PASSWORD"].decode()
+
+    def role(pod: Pod) -> str:
+        with redis.Redis(pod.address, password=password, socket_timeout=2) as node:
+            return str(node.info("replication")["role"])
+
+    primary = next(pod for pod in nodes if role(pod) == "master")
+    address = cluster.services["redis"][1]
+    with redis.Redis(address, password=password, socket_timeout=2) as store:
+        store.set("before", "kept")
+        store.wait(1, 2000)
+        frozen = [container.id for container in primary.containers if not container.init]
+        for container_id in frozen:
+            run("runc", "pause", container_id)
+        begun = time.monotonic()
+        try:
+            while True:
+                try:
+                    store.set("after", "written")
+                    break
+                except redis.RedisError:
+                    if time.monotonic() - begun > 60:
+                        raise PodError("Redis takes no writes a minute after its primary was lost") from None
+                    time.sleep(0.2)
+            took_s = time.monotonic() - begun
+            if store.get("before") != b"kept":
+                raise PodError("Redis forgot what was written and replicated before its primary was lost")
+        finally:
+            for container_id in frozen:
+                run("runc", "resume", container_id)
+    deadline = time.monotonic() + 60
+    while role(primary) != "slave":
+        if time.monotonic() > deadline:
+            raise PodError("the lost primary came back, and does not follow the new one")
+        time.sleep(0.5)
+    cluster.wait(lambda pod: pod.ready, timeout_s=60, what="ready after the failover", of=servers)
+    print(f"  Redis lost its primary {primary.name}: writes again after {took_s:.0f} s, nothing lost, it follows now")
 
 
 def mutated(manifests: list[Manifest], workload: str, change: Callable[[dict[str, Any]], None]) -> list[Manifest]:
@@ -843,7 +889,7 @@ def show_that_mutations_fail(manifests: list[Manifest], root: Path, folder: Path
         ("a limit too small", "seaweedfs", with_limit("16Mi"), r"more memory than its limit of 16 MiB"),
     )
     for index, (what, workload, change, expected) in enumerate(cases):
-        cluster = Cluster(mutated(manifests, workload, change), root, folder / str(index))
+        cluster = Cluster(mutated(manifests, workload, change), root, folder / str(index), max_restarts=0)
         try:
             cluster.start(only=lambda pod, name=workload: pod.workload["metadata"]["name"] == name)  # type: ignore[misc]
             cluster.wait(lambda pod: pod.ready, timeout_s=60, what="ready")

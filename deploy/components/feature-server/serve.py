@@ -18,6 +18,7 @@ from pathlib import Path
 
 OPEN = {("GET", "/health"), ("POST", "/get-online-features")}
 REFRESH_S = 10
+UNAUTHORISED = "a request must carry FEATURE_SERVER_TOKEN as its bearer token"
 FOLDER = Path(__file__).parent
 
 
@@ -58,7 +59,7 @@ class ReadOnly:
         elif scope["path"] == "/health":
             await answer(send, 200, "serving" if self.feast else "waiting for a registry; run 'make features'")
         elif not any(hmac.compare_digest(given(scope), expected) for expected in self.expected):
-            await answer(send, 401, 'send the token: -H "Authorization: Bearer $FEATURE_SERVER_TOKEN"')
+            await answer(send, 401, UNAUTHORISED)
         elif self.feast is None:
             await answer(send, 503, "no features are registered yet; run 'make features'")
         else:
