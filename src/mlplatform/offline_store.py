@@ -237,11 +237,15 @@ class Lookup:
             *(f"{_name(column)} AS {key}" for column, key in zip(self.keys, keys, strict=True)),
             f"{moment} AS {AT}",
             f"NULL::BIGINT AS {ROW}",
-            f"{_name(self.created_column) if self.created_column else 'NULL'} AS {CREATED}",
             f"struct_pack({', '.join(values)}) AS {KNOWN}",
         ]
         present = " AND ".join(f"{_name(column)} IS NOT NULL" for column in [*self.keys, self.timestamp_field])
-        asked = [*map(_name, self.keys.values()), AT, ROW, "NULL", "NULL"]
+        asked = [*map(_name, self.keys.values()), AT, ROW, "NULL"]
+        order = f"{AT}, {ROW} NULLS FIRST"
+        if self.created_column:
+            known.append(f"{_name(self.created_column)} AS {CREATED}")
+            asked.append("NULL")
+            order += f", {CREATED} NULLS FIRST"
         fresh = f"{AT} >= {KNOWN}.{AT}"
         if self.ttl:
             fresh += f" AND {AT} - {KNOWN}.{AT} <= {self.ttl // timedelta(microseconds=1)}"
@@ -249,7 +253,7 @@ class Lookup:
         return f"""
             SELECT {", ".join(chosen)} FROM (
                 SELECT {ROW}, {AT}, last_value({KNOWN} IGNORE NULLS) OVER (
-                    PARTITION BY {", ".join(keys)} ORDER BY {AT}, {ROW} NULLS FIRST, {CREATED} NULLS FIRST
+                    PARTITION BY {", ".join(keys)} ORDER BY {order}
                     ROWS UNBOUNDED PRECEDING
                 ) AS {KNOWN}
                 FROM (
