@@ -64,6 +64,16 @@ def test_every_component_is_an_option_or_part_of_an_overlay() -> None:
     assert {path.name for path in (DEPLOY / "components").iterdir()} == {*OPTIONS, "feature-server"}
 
 
+def test_the_readme_names_every_component_and_counts_their_combinations() -> None:
+    text = (DEPLOY / "README.md").read_text()
+    for path in (*(DEPLOY / "components").iterdir(), *(DEPLOY / "base").iterdir(), *(DEPLOY / "overlays").iterdir()):
+        if path.is_dir():
+            assert f"── {path.name}/" in text, path
+    assert f"all {len(COMBINATIONS)} combinations" in text
+    for name in DEPLOY.rglob("*-job.yaml"):
+        assert yaml.safe_load(name.read_text())["metadata"]["name"] in text
+
+
 def test_nothing_renders_without_secrets(tmp_path: Path) -> None:
     overlay = compose(tmp_path)
     (overlay / "secrets" / "client.env").unlink()

@@ -69,7 +69,7 @@ PACKAGES = (
 NEEDED = {"runc": "runc", "mmdebstrap": "mmdebstrap", "ip": "iproute2"}
 PODS = ipaddress.ip_network("10.244.7.0/24")
 SERVICES = ipaddress.ip_network("10.96.7.0/24")
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 300
 CAPABILITY_SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")
 CHECKED_POD_FIELDS = {
     "affinity", "automountServiceAccountToken", "containers", "enableServiceLinks", "initContainers", "restartPolicy",
