@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PLATFORM ?= embedded
+OVERLAY ?= local
+CLUSTER = --overlay $(OVERLAY) $(if $(CONTEXT),--context '$(CONTEXT)') $(if $(YES),--yes)
 CLI = $(BIN)/python -m mlplatform
 
 ##@ Start here
@@ -14,7 +16,7 @@ help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(READY) ## Start the platform, run every notebook, render them, say where to look
-	@$(CLI) run --platform $(PLATFORM)
+	@$(CLI) run --platform $(PLATFORM) $(CLUSTER)
 
 test: $(READY) ## Pass every test, on a platform of its own
 	@$(BIN)/python -m pytest
@@ -53,22 +55,25 @@ data: $(READY) ## Derive data/income_data.csv again from its source and check bo
 features: $(READY) ## Register the features and materialise them to the online store
 	@$(CLI) features
 
-##@ On a cluster
-.PHONY: k8s-secrets k8s-up k8s-forward k8s-status k8s-down
-k8s-secrets: $(READY) ## Generate the cluster's secrets into git-ignored files
-	@$(CLI) k8s-secrets
+##@ On a cluster (OVERLAY=local, CONTEXT=the current one, YES=1 to go on in production)
+.PHONY: k8s-secrets k8s-up k8s-forward k8s-status k8s-down k8s-digests
+k8s-secrets: $(READY) ## Generate the cluster's secrets into git-ignored files; existing ones are kept
+	@$(CLI) $@ $(CLUSTER)
 
 k8s-up: $(READY) ## Apply the manifests and wait for every rollout
-	@$(CLI) k8s-up
+	@$(CLI) $@ $(CLUSTER)
 
 k8s-forward: $(READY) ## Forward the cluster's services to this machine
-	@$(CLI) k8s-forward
+	@$(CLI) $@ $(CLUSTER)
 
 k8s-status: $(READY) ## Show what runs on the cluster
-	@$(CLI) k8s-status
+	@$(CLI) $@ $(CLUSTER)
 
 k8s-down: $(READY) ## Remove the platform from the cluster; asks before it deletes data
-	@$(CLI) k8s-down
+	@$(CLI) $@ $(CLUSTER)
+
+k8s-digests: $(READY) ## Resolve the images' digests where a registry can be reached
+	@$(CLI) $@ $(CLUSTER)
 
 ##@ Working on the repository
 .PHONY: lint format lock install

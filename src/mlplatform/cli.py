@@ -6,17 +6,20 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlplatform import cluster_cli
 from mlplatform.errors import NotebookError, PlatformError
 from mlplatform.settings import Settings, connect, find_root, hasten_feast, state_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mlplatform.embedded import Embedded
     from mlplatform.notebooks import Execution
 
 
@@ -49,34 +52,29 @@ def _parser() -> argparse.ArgumentParser:
     options = commands.choices["run"].add_argument
     options("notebooks", nargs="*", metavar="NOTEBOOK", help="names such as 02; those they need run too; default: all")
     options("-p", dest="parameters", action="append", default=[], metavar="NOTEBOOK:NAME=VALUE", help="set a parameter")
-    options("--platform", choices=("embedded", "env"), default="embedded", help="where; env: as the variables say")
+    options("--platform", choices=("embedded", "k8s", "env"), default="embedded", help="env: as the variables say")
     options("--output", type=Path, help="folder for executed copies and pages; default: build/notebooks")
+    cluster_cli.add_options(commands.choices["run"])
+    cluster_cli.add_commands(commands)
     return parser
 
 
 def up(_: argparse.Namespace) -> None:
     """Start the platform on this machine."""
-    from mlplatform.embedded import Embedded
-
-    Embedded(state_folder()).up(notify=_say)
+    _embedded().up(notify=_say)
 
 
 def down(_: argparse.Namespace) -> None:
     """Stop it; nothing is lost."""
-    from mlplatform.embedded import Embedded
-
-    _say("stopped" if Embedded(state_folder()).down() else "nothing was running")
+    _say("stopped" if _embedded().down() else "nothing was running")
 
 
-def status(_: argparse.Namespace) -> int:
+def status(_: argparse.Namespace) -> None:
     """Show each service, its state, URL and how long it runs."""
     from rich.table import Table
 
-    from mlplatform.embedded import Embedded
-
     table = Table("service", "state", "url", "pid", "up for", "memory")
-    services = Embedded(state_folder()).status()
-    for service in services:
+    for service in _embedded().status():
         runs = service.pid > 0
         table.add_row(
             service.name,
@@ -87,14 +85,11 @@ def status(_: argparse.Namespace) -> int:
             f"{service.memory_bytes / 2**20:.0f} MiB" if runs else "",
         )
     _console().print(table)
-    return 0
 
 
 def env(_: argparse.Namespace) -> None:
     """Print the connection settings as shell exports."""
-    from mlplatform.embedded import Embedded
-
-    settings = Embedded(state_folder()).settings
+    settings = _embedded().settings
     for name, value in (settings.to_env() | {"REDIS_URL": settings.redis_url}).items():
         print(f"export {name}={shlex.quote(value)}")
 
@@ -103,10 +98,8 @@ def clean(_: argparse.Namespace) -> None:
     """Stop the platform and delete all of its state, and what was built."""
     import shutil
 
-    from mlplatform.embedded import Embedded
-
     state = state_folder()
-    Embedded(state).clean()
+    _embedded().clean()
     shutil.rmtree(find_root() / "build", ignore_errors=True)
     _say(f"deleted {state}")
 
@@ -115,9 +108,9 @@ def lab(_: argparse.Namespace) -> None:
     """Open JupyterLab on the platform."""
     import secrets
 
-    from mlplatform.embedded import Embedded, is_free
+    from mlplatform.embedded import is_free
 
-    os.environ.update(Embedded(state_folder()).up(notify=_say).to_env())
+    os.environ.update(_embedded().up(notify=_say).to_env())
     os.chdir(find_root() / "notebooks")
     port = next(port for port in range(8888, 8988) if is_free(port))
     token = secrets.token_urlsafe(24)
@@ -142,21 +135,18 @@ def lab(_: argparse.Namespace) -> None:
 
 def serve(_: argparse.Namespace) -> None:
     """Start the Feast feature server."""
-    from mlplatform.embedded import Embedded
-
-    Embedded(state_folder()).up(also=["feature-server"], notify=_say)
+    _embedded().up(also=["feature-server"], notify=_say)
 
 
 def ui(_: argparse.Namespace) -> None:
     """Start the Feast UI."""
-    from mlplatform.embedded import Embedded
-
-    Embedded(state_folder()).up(also=["feast-ui"], notify=_say)
+    _embedded().up(also=["feast-ui"], notify=_say)
 
 
 def features(_: argparse.Namespace) -> None:
     """Register the features and materialise them to the online store."""
-    os.environ.update(_platform("embedded", []).to_env())
+    os.environ.update(_embedded().up(notify=_say).to_env())
+    hasten_feast()
     from mlplatform.features import build
 
     build(notify=_say)
@@ -180,21 +170,31 @@ def run(options: argparse.Namespace) -> int:
     parameters = _parameters(options.parameters, [path.stem for path in chosen])
     for path in chosen:
         notebooks.check_parameters(path, parameters.get(path.stem, {}))
-    settings = _platform(options.platform, {name for path in chosen for name in notebooks.services(path)})
-    os.environ.update(settings.to_env())
     output = (options.output or root / "build" / "notebooks").resolve()
-    executions = notebooks.run_all(chosen, output, parameters=parameters, notify=_say)
-    _summarise(executions, settings, output)
+    with _platform(options, {name for path in chosen for name in notebooks.services(path)}) as settings:
+        os.environ.update(settings.to_env())
+        hasten_feast()
+        executions = notebooks.run_all(chosen, output, parameters=parameters, notify=_say)
+        _summarise(executions, settings, output)
     return int(any(execution.error or execution.skipped for execution in executions))
 
 
-def _platform(kind: str, services: Collection[str]) -> Settings:
-    if kind == "env":
-        return connect()
+@contextmanager
+def _platform(options: argparse.Namespace, services: Collection[str]) -> Iterator[Settings]:
+    """Reach the platform asked for, for as long as the block runs."""
+    if options.platform == "k8s":
+        with cluster_cli.forwarded(options) as settings:
+            yield settings
+    elif options.platform == "env":
+        yield connect()
+    else:
+        yield _embedded().up(also=services, notify=_say)
+
+
+def _embedded() -> Embedded:
     from mlplatform.embedded import Embedded
 
-    hasten_feast()
-    return Embedded(state_folder()).up(also=services, notify=_say)
+    return Embedded(state_folder())
 
 
 def _parameters(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, object]]:

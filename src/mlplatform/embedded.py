@@ -81,6 +81,9 @@ SERVICES = (
     Service("feature-server", "MLPLATFORM_FEATURE_SERVER_PORT", 6566, on_demand=True),
     Service("feast-ui", "MLPLATFORM_FEAST_UI_PORT", 6567, on_demand=True),
 )
+FOLDERS = ("logs", "object-store", "online-store", "mlflow")
+FILES = ("s3.json", "valkey.conf", "basic_auth.ini", "supervisord.conf", "supervisord.pid", "s3.sock", "filer.sock")
+CONTENTS = (*FOLDERS, *FILES, SETTINGS_FILE)
 # Ports that only the services themselves use: any free one will do.
 INNER_PORTS = (
     "MLPLATFORM_SUPERVISOR_PORT",
@@ -179,10 +182,16 @@ class Embedded:
         return ran
 
     def clean(self) -> None:
-        """Stop every process and delete the state folder."""
+        """Stop every process and delete what `up` made; what somebody else put into the state folder stays."""
         self.down()
-        if self.state.exists():
-            shutil.rmtree(self.state)
+        for name in CONTENTS:
+            path = self.state / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.state.rmdir()
 
     def running(self) -> bool:
         """Say whether this platform's supervisor answers."""
@@ -234,7 +243,7 @@ class Embedded:
         environment |= {name: previous.get(name) or secrets.token_urlsafe(24) for name in SECRETS}
         environment |= _addresses(environment)
         try:
-            for folder in ("logs", "object-store", "online-store", "mlflow"):
+            for folder in FOLDERS:
                 (self.state / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
             self.state.chmod(0o700)
             _write_private(self.state / SETTINGS_FILE, json.dumps({"environment": environment}, indent=2))

@@ -79,3 +79,11 @@ def test_down_and_clean_of_what_never_ran_do_nothing(tmp_path: Path) -> None:
     assert platform.down() is False
     platform.clean()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_clean_deletes_only_what_up_made(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "settings.json").write_text('{"environment": {}}')
+    (tmp_path / "logs").mkdir()
+    Embedded(tmp_path, environ={}).clean()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
