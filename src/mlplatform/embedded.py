@@ -197,7 +197,7 @@ class Embedded:
         """Say whether this platform's supervisor answers."""
         try:
             return bool(self._call("getState")["statecode"] == 1)
-        except (OSError, xmlrpc.client.Error, http.client.HTTPException, SettingsError):
+        except (OSError, xmlrpc.client.Error, http.client.HTTPException, SettingsError, KeyError):
             return False
 
     def status(self) -> list[ServiceStatus]:
@@ -353,7 +353,7 @@ class Embedded:
 
     def _remove_sockets(self) -> None:
         """Remove the sockets that SeaweedFS leaves in /tmp; it offers no option for their place."""
-        with suppress(SettingsError):
+        with suppress(SettingsError, KeyError):
             environment = self._environment()
             for part in ("master", "volume", "filer", "s3"):
                 port = environment[f"MLPLATFORM_WEED_{part.upper()}_GRPC_PORT"]
