@@ -187,6 +187,15 @@ def test_moments_and_ids_that_are_missing_get_nulls(two_versions):
     assert plain(two_versions.ask(entity_df)["town"]) == ["cook-town", None, None]
 
 
+def test_rows_of_a_file_without_key_or_time_are_nobodys(repo):
+    rows = make_versions([("ann", 0, "cook"), ("ann", 1, "lost"), ("ann", 2, "never")])
+    rows.loc[1, "user_id"] = None
+    rows.loc[2, "at"] = pd.NaT
+    repo.write(rows)
+    entity_df = pd.DataFrame({"user_id": [None, "ann"], "event_timestamp": START + pd.Timedelta(days=1)})
+    assert plain(repo.ask(entity_df)["town"]) == [None, "cook-town"]
+
+
 def test_extra_columns_keep_their_types(two_versions):
     extra = pd.DataFrame(
         {
