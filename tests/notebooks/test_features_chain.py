@@ -124,7 +124,7 @@ def test_a_prediction_leads_back_to_the_data_its_model_was_trained_on(predicted:
 
 def commands(text: str) -> list[str]:
     """Find each curl command, with the lines that continue it."""
-    return re.findall(r"^ *(curl .*(?:\\\n.*)*)$", text, flags=re.MULTILINE)
+    return re.findall(r"^ *(curl (?:.*\\\n)*.*)$", text, flags=re.MULTILINE)
 
 
 def test_the_readmes_curl_commands_work_as_printed(executed: dict[str, Path], platform: Settings):
