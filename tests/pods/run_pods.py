@@ -28,6 +28,7 @@ import platform
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -233,6 +234,7 @@ class Cluster:
         self.max_restarts = max_restarts
         self.manifests = manifests
         self.root = root
+        self.runc = ("runc", "--root", str(folder / "runc"))
         self.folder = folder
         self.id = secrets.token_hex(3)
         self.policies = of_kind(manifests, "NetworkPolicy")
@@ -304,11 +306,11 @@ class Cluster:
         for container in started:
             self._record_peak(container)
             with contextlib.suppress(PodError):
-                run("runc", "kill", container.id, "KILL")
+                run(*self.runc, "kill", container.id, "KILL")
         for thread in self.threads:
             thread.join(timeout=20)
         for container in started:
-            subprocess.run(["runc", "delete", "--force", container.id], check=False, capture_output=True)
+            self._delete(container)
         for mount in reversed(self._mounts):
             subprocess.run(["umount", "-l", mount], check=False, capture_output=True)
         for base in (*Path("/sys/fs/cgroup").glob(f"*/pods-{self.id}"), Path(f"/sys/fs/cgroup/pods-{self.id}")):
@@ -422,13 +424,21 @@ class Cluster:
         if must_succeed and container.exit_code and not self.stopping.is_set():
             raise PodError(self._explain(container.pod, reason, container))
 
+    def _delete(self, container: Container) -> None:
+        """Forget a container that ended; its control group may be busy for a moment longer."""
+        for _ in range(20):
+            command = [*self.runc, "delete", "--force", container.id]
+            if subprocess.run(command, check=False, capture_output=True).returncode == 0:
+                return
+            time.sleep(0.1)
+
     def _ended(self, container: Container) -> str:
         process = container.process
         assert process is not None
         container.exit_code = process.returncode
         killed = _oom_kills(container.id)
         self._record_peak(container)
-        subprocess.run(["runc", "delete", "--force", container.id], check=False, capture_output=True)
+        self._delete(container)
         if killed:
             return f"killed: more memory than its limit of {container.limit_bytes / 2**20:.0f} MiB"
         return f"ended with {process.returncode}"
@@ -533,7 +543,7 @@ class Cluster:
         container.exit_code = None
         with container.log.open("ab") as log:
             container.process = subprocess.Popen(
-                ["runc", "run", "--keep", "--bundle", bundle, container.id],
+                [*self.runc, "run", "--keep", "--bundle", bundle, container.id],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         container.started_s = time.monotonic()
@@ -658,7 +668,7 @@ class Cluster:
         address = container.pod.address
         try:
             if "exec" in probe:
-                command = ["runc", "exec", container.id, *probe["exec"]["command"]]
+                command = [*self.runc, "exec", container.id, *probe["exec"]["command"]]
                 outcome = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
                 return (
                     None if outcome.returncode == 0 else f"exit status {outcome.returncode}: {outcome.stderr.strip()}"
@@ -834,7 +844,7 @@ def show_a_failover(cluster: Cluster, servers: list[Pod]) -> None:
         store.wait(1, 2000)
         frozen = [container.id for container in primary.containers if not container.init]
         for container_id in frozen:
-            run("runc", "pause", container_id)
+            run(*cluster.runc, "pause", container_id)
         begun = time.monotonic()
         try:
             while True:
@@ -850,7 +860,7 @@ def show_a_failover(cluster: Cluster, servers: list[Pod]) -> None:
                 raise PodError("Redis forgot what was written and replicated before its primary was lost")
         finally:
             for container_id in frozen:
-                run("runc", "resume", container_id)
+                run(*cluster.runc, "resume", container_id)
     deadline = time.monotonic() + 60
     while role(primary) != "slave":
         if time.monotonic() > deadline:
@@ -915,6 +925,8 @@ def main() -> int:
     if os.geteuid() or missing or platform.system() != "Linux":
         print(f"error: this needs Linux, root and the Debian packages {', '.join(NEEDED.values())}", file=sys.stderr)
         return 1
+    # Ended from outside, it still ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = Path(tempfile.mkdtemp(prefix="pods-"))
     folder.chmod(0o755)
     begun = time.monotonic()
