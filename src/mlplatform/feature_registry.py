@@ -18,7 +18,7 @@ from feast.utils import _utc_now
 
 from mlplatform import objectstore
 from mlplatform.errors import RegistryError
-from mlplatform.objectstore import _translated
+from mlplatform.objectstore import translated
 
 
 class ConditionalS3RegistryStore(RegistryStore):
@@ -45,7 +45,7 @@ class ConditionalS3RegistryStore(RegistryStore):
             MissingObjectError: There is none yet. It is a `FileNotFoundError`, upon which Feast makes an empty one.
         """
         self._etag = None
-        with _translated(self._uri):
+        with translated(self._uri):
             answer = self._client.get_object(Bucket=self._bucket, Key=self._key)
             body = answer["Body"].read()
         self._etag = answer["ETag"]
@@ -61,7 +61,7 @@ class ConditionalS3RegistryStore(RegistryStore):
         registry_proto.version_id = str(uuid.uuid4())
         registry_proto.last_updated.FromDatetime(_utc_now())
         condition: dict[str, Any] = {"IfMatch": self._etag} if self._etag else {"IfNoneMatch": "*"}
-        with _translated(self._uri):
+        with translated(self._uri):
             try:
                 answer = self._client.put_object(
                     Bucket=self._bucket, Key=self._key, Body=registry_proto.SerializeToString(), **condition
@@ -76,6 +76,6 @@ class ConditionalS3RegistryStore(RegistryStore):
 
     def teardown(self) -> None:
         """Delete the registry."""
-        with _translated(self._uri):
+        with translated(self._uri):
             self._client.delete_object(Bucket=self._bucket, Key=self._key)
         self._etag = None

@@ -178,7 +178,7 @@ def list_objects(uri: str, *, client: S3Client | None = None) -> pd.DataFrame:
         ServiceDownError: The object store does not answer.
     """
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    with _translated(uri):
+    with translated(uri):
         pages = (client or _default()).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         rows = [
             (f"s3://{bucket}/{entry['Key']}", entry["Size"], entry["LastModified"])
@@ -290,7 +290,7 @@ def _put(
 ) -> None:
     bucket, key = split_uri(uri)
     condition: dict[str, Any] = {"IfNoneMatch": "*"} if only_new else {}
-    with _translated(uri):
+    with translated(uri):
         try:
             (client or _default()).put_object(Bucket=bucket, Key=key, Body=body, Metadata=metadata or {}, **condition)
         except botocore.exceptions.ClientError as error:
@@ -300,14 +300,23 @@ def _put(
 
 def _get(uri: str, *, client: S3Client | None) -> tuple[bytes, dict[str, str]]:
     bucket, key = split_uri(uri)
-    with _translated(uri):
+    with translated(uri):
         answer = (client or _default()).get_object(Bucket=bucket, Key=key)
         return answer["Body"].read(), answer["Metadata"]
 
 
 @contextmanager
-def _translated(uri: str) -> Iterator[None]:
-    """Turn boto3's errors into ours; those without a meaning here pass unchanged."""
+def translated(uri: str) -> Iterator[None]:
+    """Turn boto3's errors into ours; those without a meaning here pass unchanged.
+
+    Args:
+        uri: What is read or written, for the message.
+
+    Raises:
+        MissingObjectError: The bucket or the object is not there.
+        CredentialsError: The object store refuses the keys.
+        ServiceDownError: The object store does not answer, or fails.
+    """
     try:
         yield
     except botocore.exceptions.ClientError as error:
