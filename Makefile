@@ -57,8 +57,8 @@ features: $(READY) ## Register the features and materialise them to the online s
 
 ##@ On a cluster (OVERLAY=local, CONTEXT=the current one, YES=1 to go on in production)
 .PHONY: k8s-secrets k8s-up k8s-forward k8s-status k8s-down k8s-digests
-k8s-secrets: $(READY) ## Generate the cluster's secrets into git-ignored files; existing ones are kept
-	@$(CLI) $@ $(CLUSTER)
+k8s-secrets: $(READY) ## Generate the cluster's secrets into git-ignored files; existing ones are kept (ROTATE=, RETIRE=)
+	@$(CLI) $@ $(CLUSTER) $(if $(ROTATE),--rotate $(ROTATE)) $(if $(RETIRE),--retire $(RETIRE))
 
 k8s-up: $(READY) ## Apply the manifests and wait for every rollout
 	@$(CLI) $@ $(CLUSTER)
@@ -69,8 +69,8 @@ k8s-forward: $(READY) ## Forward the cluster's services to this machine
 k8s-status: $(READY) ## Show what runs on the cluster
 	@$(CLI) $@ $(CLUSTER)
 
-k8s-down: $(READY) ## Remove the platform from the cluster; asks before it deletes data
-	@$(CLI) $@ $(CLUSTER)
+k8s-down: $(READY) ## Remove the platform from the cluster; asks before it deletes data (DATA=keep or delete)
+	@$(CLI) $@ $(CLUSTER) $(if $(DATA),--$(DATA)-data)
 
 k8s-digests: $(READY) ## Resolve the images' digests where a registry can be reached
 	@$(CLI) $@ $(CLUSTER)
@@ -85,9 +85,12 @@ format: $(READY) ## Format code and notebooks, strip the notebooks' outputs
 
 install: $(READY) ## Create the environment (every other target does it when needed)
 
+# The image's file is a part of the machine's, so that both run the same versions.
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requirements
-	@echo 'uv' | $(BIN)/uv pip compile -q --universal --upgrade --python-version 3.11 --generate-hashes --no-annotate --no-header - -o requirements-uv.lock
-	@$(BIN)/uv pip compile -q --universal --upgrade --python-version 3.11 --generate-hashes --no-annotate --no-header --group dev pyproject.toml -o requirements.lock
+	@echo 'uv' | $(LOCK) --upgrade - -o requirements-uv.lock
+	@$(LOCK) --upgrade --group dev pyproject.toml -o requirements.lock
+	@$(LOCK) -c requirements.lock --group build pyproject.toml -o deploy/components/notebooks/requirements.lock
 
 # uv installs the 270 packages in a tenth of pip's time; pip itself fetches it, checked by its hash.
 $(BIN)/uv: requirements-uv.lock
