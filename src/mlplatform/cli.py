@@ -100,7 +100,8 @@ def clean(_: argparse.Namespace) -> None:
 
     state = state_folder()
     _embedded().clean()
-    shutil.rmtree(find_root() / "build", ignore_errors=True)
+    if state == state_folder(environ={}):
+        shutil.rmtree(find_root() / "build", ignore_errors=True)
     _say(f"deleted {state}")
 
 
