@@ -15,7 +15,7 @@ done
 primary=${primary:-redis-0}
 echo "$me: the primary is $primary"
 
-cat >/work/redis.conf <<EOF
+cat >/conf/redis.conf <<EOF
 include /etc/redis/conf/redis.conf
 replica-announce-ip $me
 replica-announce-port 6379
@@ -25,9 +25,9 @@ masterauth $REPLICA_PASSWORD
 min-replicas-to-write 1
 min-replicas-max-lag 10
 EOF
-[ "$primary" = "$me" ] || echo "replicaof $primary 6379" >>/work/redis.conf
+[ "$primary" = "$me" ] || echo "replicaof $primary 6379" >>/conf/redis.conf
 
-cat >/work/sentinel.conf <<EOF
+cat >/conf/sentinel.conf <<EOF
 bind 0.0.0.0
 port 26379
 dir /tmp
