@@ -214,7 +214,8 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], noti
             str(notebook),
             str(executed),
             dict(parameters),
-            cwd=str(notebook.parent),
+            # Papermill's own `cwd` changes the folder of the whole process, under the feet of what runs beside this.
+            resources={"metadata": {"path": str(notebook.parent.resolve())}},
             kernel_name="python3",
             progress_bar=False,
             execution_timeout=CELL_TIMEOUT_S,

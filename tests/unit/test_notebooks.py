@@ -71,6 +71,19 @@ def test_a_notebook_waits_for_what_it_needs(write: Write, tmp_path: Path) -> Non
     assert [entry.error for entry in run_all([first, second], tmp_path / "out")] == ["", ""]
 
 
+def test_notebooks_side_by_side_each_run_in_their_own_folder(write: Write, tmp_path: Path) -> None:
+    where = ["import os\nfrom mlplatform.notebooks import record\nrecord(folder=os.getcwd())"]
+    # When one of two ends, this process must still be where it was: the other's kernel may be about to start.
+    seen: set[Path] = {Path.cwd()}
+    executions = run_all(
+        [write("01_where", where), write("02_where", where)],
+        tmp_path / "out",
+        notify=lambda _: seen.add(Path.cwd()),
+    )
+    assert [read_results(entry.executed)["folder"] for entry in executions] == [str(tmp_path.resolve())] * 2
+    assert len(seen) == 1
+
+
 def test_an_unknown_parameter_is_refused_before_anything_runs(write: Write, tmp_path: Path) -> None:
     with pytest.raises(NotebookError, match="01_double has no parameter 'sise'; it has: size"):
         run_all([write("01_double")], tmp_path / "out", parameters={"01_double": {"sise": 1}})
