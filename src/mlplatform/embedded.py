@@ -471,6 +471,8 @@ def _valkey_config(environment: Mapping[str, str]) -> str:
         f"bind {HOST}\nport {environment['MLPLATFORM_REDIS_PORT']}\n"
         f"requirepass {environment['MLPLATFORM_REDIS_PASSWORD']}\n"
         'dir online-store\nappendonly yes\nsave ""\n'
+        # Its title would be written over its environment, by which _processes_of knows it.
+        "set-proc-title no\n"
     )
 
 

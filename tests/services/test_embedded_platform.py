@@ -36,6 +36,10 @@ def processes(platform: Embedded) -> list[psutil.Process]:
     return found
 
 
+def names(platform: Embedded) -> list[str]:
+    return sorted(process.name() for process in processes(platform))
+
+
 def bucket(settings: Settings):
     session = boto3.session.Session(settings.access_key, settings.secret_key, region_name=settings.region)
     return session.resource("s3", endpoint_url=settings.s3_endpoint).Bucket(BUCKETS[0])
@@ -51,6 +55,7 @@ def test_every_service_is_ready_and_says_where(embedded: Embedded) -> None:
     services = embedded.status()
     running = {service.name: service for service in services if service.pid}
     assert {"object-store", "online-store", "mlflow"} <= running.keys()
+    assert {"weed", "valkey-server"} <= set(names(embedded))
     assert {service.state for service in running.values()} == {"ready"}
     assert all(service.url.split("//")[1].startswith("127.0.0.1:") for service in services)
     assert all(service.memory_bytes > 2**20 for service in running.values())
@@ -163,7 +168,7 @@ class TestLifecycle:
 
     def test_what_was_stored_survives_a_kill_of_everything(self, own: Embedded) -> None:
         store(own)
-        for process in processes(own):
+        for process in sorted(processes(own), key=lambda process: "supervisor.supervisord" not in process.cmdline()):
             process.kill()
         psutil.wait_procs(processes(own), timeout=20)
         with pytest.raises(ServiceDownError):
@@ -172,13 +177,15 @@ class TestLifecycle:
         assert_stored(own)
 
     def test_a_supervisor_that_was_killed_leaves_nothing_that_blocks_the_next_start(self, own: Embedded) -> None:
+        before, url = names(own), own.settings.redis_url
         supervisor = next(process for process in processes(own) if "supervisor.supervisord" in process.cmdline())
         supervisor.kill()
         supervisor.wait(10)
         assert len(processes(own)) >= 3
         own.up()
         assert_stored(own)
-        assert len([process for process in processes(own) if process.name().startswith("weed")]) == 1
+        assert names(own) == before
+        assert own.settings.redis_url == url, "the old server still holds the port"
 
     def test_down_leaves_no_process_and_up_finds_everything_again(self, own: Embedded) -> None:
         assert own.down() is True
