@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
@@ -86,11 +87,16 @@ class Settings:
             environ: Variables by name, such as `os.environ`.
 
         Raises:
-            SettingsError: A variable is missing or empty; the message names every one.
+            SettingsError: Variables are missing or empty, and the message names every one; or one is malformed.
         """
-        missing = [name for name in VARIABLES.values() if not environ.get(name)]
-        if missing:
+        if missing := _missing(environ):
             raise SettingsError(f"{', '.join(missing)} not set; run 'make up', or set them for a cluster")
+        for name in ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "FEATURE_SERVER_URL"):
+            if not environ[name].startswith(("http://", "https://")):
+                raise SettingsError(f"{name}={environ[name]} is no address; set it to http://host:port")
+        if not _REDIS_FORM.fullmatch(environ["REDIS_CONNECTION_STRING"]):
+            # Not shown: whatever it is, it may hold a password.
+            raise SettingsError("REDIS_CONNECTION_STRING is not in Feast's form; set it to host:port,password=...")
         return cls(**{key: environ[name] for key, name in VARIABLES.items()})
 
     def to_env(self) -> dict[str, str]:
@@ -108,7 +114,13 @@ class Settings:
         return f"{scheme}://{login}{address}{'/' + values['db'] if 'db' in values else ''}"
 
 
+# host:port, then name=value pairs; an IPv6 address stands in brackets.
+_REDIS_FORM = re.compile(r"(\[[0-9a-fA-F:]+\]|[^:/,\[\]]+):\d+(,\w+=[^,]*)*")
 VARIABLES = {entry.name: entry.metadata["variable"] for entry in fields(Settings)}
+
+
+def _missing(environ: Mapping[str, str]) -> list[str]:
+    return [name for name in VARIABLES.values() if not environ.get(name)]
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -159,14 +171,11 @@ def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
         The settings in use.
 
     Raises:
-        SettingsError: No platform was ever started here and the variables do not name one.
+        SettingsError: No platform was ever started here and the variables do not name one, or one is malformed.
         ServiceDownError: A service does not answer within seconds.
         CredentialsError: A service refuses the credentials.
     """
-    try:
-        settings = Settings.from_env(environ)
-    except SettingsError:
-        settings = read_settings(state_folder(environ=environ))
+    settings = read_settings(state_folder(environ=environ)) if _missing(environ) else Settings.from_env(environ)
     check_services(settings)
     environ.update(settings.to_env())
     hasten_feast()
@@ -205,9 +214,13 @@ def read_state(state: Path) -> dict[str, str]:
 def write_private(path: Path, text: str) -> None:
     """Replace a file at once, readable by its owner alone."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    Path(name).replace(path)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        Path(name).replace(path)
+    except OSError:
+        Path(name).unlink()
+        raise
 
 
 def read_settings(state: Path) -> Settings:
@@ -217,14 +230,12 @@ def read_settings(state: Path) -> Settings:
         SettingsError: The file is missing or damaged, or an earlier version of this package wrote it.
     """
     environment = read_state(state)
-    try:
-        return Settings.from_env(environment)
-    except SettingsError:
-        missing = VARIABLES.values() - environment.keys()
+    if missing := _missing(environment):
         raise SettingsError(
             f"the platform was started by an earlier version ({', '.join(missing)} missing); "
             "run 'make down', then 'make up'"
-        ) from None
+        )
+    return Settings.from_env(environment)
 
 
 def check_services(settings: Settings, *, timeout_s: float = 3.0) -> None:

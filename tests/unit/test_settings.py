@@ -54,6 +54,19 @@ def test_feasts_connection_string_becomes_a_url(connection: str, url: str) -> No
     assert Settings.from_env(COMPLETE | {"REDIS_CONNECTION_STRING": connection}).redis_url == url
 
 
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "FEATURE_SERVER_URL"])
+def test_an_address_without_a_scheme_is_named(name: str) -> None:
+    with pytest.raises(SettingsError, match=rf"{name}=localhost:1 is no address; set it to http://host:port"):
+        connect(COMPLETE | {name: "localhost:1"})
+
+
+@pytest.mark.parametrize("connection", ["redis", "redis:6379,hush", "redis://:hush@redis:6379", "redis:6379,password"])
+def test_a_connection_string_that_feast_does_not_read_is_an_error_that_tells_no_secret(connection: str) -> None:
+    with pytest.raises(SettingsError, match=r"set it to host:port,password=\.\.\.$") as caught:
+        connect(COMPLETE | {"REDIS_CONNECTION_STRING": connection})
+    assert "hush" not in str(caught.value)
+
+
 def test_the_state_folder_is_found_from_any_folder_of_the_clone() -> None:
     root = Path(__file__).parents[2]
     assert state_folder(root / "tests" / "unit", {}) == root / ".platform"
