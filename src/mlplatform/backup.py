@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlplatform.errors import MissingObjectError, PlatformError
-from mlplatform.objectstore import client
+from mlplatform.objectstore import client, translated
 from mlplatform.settings import BUCKETS, connect
 
 
@@ -30,6 +30,10 @@ def save(store: Any, folder: Path, *, databases: Iterable[Path] = ()) -> int:
 
     Returns:
         How many objects the copy holds.
+
+    Raises:
+        MissingObjectError: A database or a bucket is not there.
+        ServiceDownError: The object store does not answer.
     """
     (folder / "databases").mkdir(parents=True, exist_ok=True)
     for database in databases:
@@ -42,7 +46,8 @@ def save(store: Any, folder: Path, *, databases: Iterable[Path] = ()) -> int:
             path = _below(folder / "buckets" / bucket, key)
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.part")
-            store.download_file(bucket, key, str(part))
+            with translated(f"s3://{bucket}/{key}"):
+                store.download_file(bucket, key, str(part))
             part.replace(path)
             count += 1
     return count
@@ -59,15 +64,19 @@ def restore(store: Any, folder: Path) -> int:
         How many objects were copied.
 
     Raises:
-        MissingObjectError: The folder holds no copy.
+        MissingObjectError: The folder holds no copy, or a bucket is not there; nothing was copied.
+        ServiceDownError: The object store does not answer.
     """
     if not (folder / "buckets").is_dir():
         raise MissingObjectError(f"no copy in {folder}; name a folder that 'python -m mlplatform.backup save' filled")
     files = sorted(path for path in (folder / "buckets").rglob("*") if path.is_file())
-    for path in files:
-        bucket, *key = path.relative_to(folder / "buckets").parts
+    objects = {path: path.relative_to(folder / "buckets").parts for path in files}
+    for bucket in {parts[0] for parts in objects.values()}:
+        # Asked first: an upload that fails for want of a bucket has an error class of its own, and comes too late.
+        next(_keys(store, bucket), None)
+    for path, (bucket, *key) in objects.items():
         store.upload_file(str(path), bucket, "/".join(key))
-    return len(files)
+    return len(objects)
 
 
 def copy_sqlite(source: Path, target: Path) -> None:
@@ -100,8 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _keys(store: Any, bucket: str) -> Iterator[str]:
-    for page in store.get_paginator("list_objects_v2").paginate(Bucket=bucket):
-        yield from (entry["Key"] for entry in page.get("Contents", ()) if not entry["Key"].endswith("/"))
+    with translated(f"s3://{bucket}"):
+        for page in store.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+            yield from (entry["Key"] for entry in page.get("Contents", ()) if not entry["Key"].endswith("/"))
 
 
 def _below(folder: Path, key: str) -> Path:

@@ -64,3 +64,13 @@ def test_restoring_from_nothing_says_so(platform: Settings, tmp_path: Path, caps
 def test_saving_a_database_that_is_not_there_says_so(platform: Settings, tmp_path: Path) -> None:
     with pytest.raises(MissingObjectError, match="no database at"):
         backup.save(client(), tmp_path, databases=[tmp_path / "nothing.db"])
+
+
+def test_restoring_into_a_bucket_that_is_not_there_copies_nothing(platform: Settings, tmp_path: Path) -> None:
+    for bucket in (DATASETS_BUCKET, "unheard-of"):
+        (tmp_path / "buckets" / bucket).mkdir(parents=True)
+        (tmp_path / "buckets" / bucket / "not-to-be-copied.txt").write_text("x")
+    with pytest.raises(MissingObjectError, match=r"there is no bucket unheard-of; run 'make up'"):
+        backup.restore(client(), tmp_path)
+    names = {entry["Key"] for entry in client().list_objects_v2(Bucket=DATASETS_BUCKET).get("Contents", ())}
+    assert "not-to-be-copied.txt" not in names
