@@ -41,6 +41,9 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from seccomp import DEFAULT_PROFILE, runtime_default
+
+from mlplatform.cluster_secrets import write_secrets
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "tests" / "deploy"))
@@ -128,6 +131,8 @@ class Pod:
     containers: list[Container] = field(default_factory=list)
     done: bool = False
     failure: str | None = None
+    stopping: threading.Event = field(default_factory=threading.Event)
+    generation: int = 0
 
     @property
     def labels(self) -> dict[str, str]:
@@ -244,6 +249,7 @@ class Cluster:
         }
         self.pods = self._pods()
         self.denied: list[str] = []
+        self.confirmed: set[str] = set()
         self.stopping = threading.Event()
         self.threads: list[threading.Thread] = []
         self._mounts: list[Path] = []
@@ -282,6 +288,34 @@ class Cluster:
         thread = threading.Thread(target=self._run_pod, args=(pod,), daemon=True)
         self.threads.append(thread)
         thread.start()
+
+    def stop_pod(self, pod: Pod) -> None:
+        """End a pod as a scale-down does: no new connections, a signal, then the end of its grace period."""
+        pod.stopping.set()
+        for container in pod.containers:
+            container.ready = False
+            if container.process and container.process.poll() is None:
+                with contextlib.suppress(PodError):
+                    run(*self.runc, "kill", container.id, "TERM")
+        for container in pod.containers:
+            if container.process:
+                try:
+                    container.process.wait(timeout=pod_spec(pod.workload).get("terminationGracePeriodSeconds", 30))
+                except subprocess.TimeoutExpired:
+                    with contextlib.suppress(PodError):
+                        run(*self.runc, "kill", container.id, "KILL")
+                    container.process.wait(timeout=10)
+                self._record_peak(container)
+                self._delete(container)
+
+    def start_again(self, pod: Pod) -> None:
+        """Put a new pod in the place of one that was stopped, at the same address; what it reads is read anew."""
+        shutil.rmtree(pod.folder / "volumes", ignore_errors=True)
+        pod.generation += 1
+        pod.stopping = threading.Event()
+        for container in pod.containers:
+            container.process = None
+        self.start_pod(pod)
 
     def wait(
         self, done: Callable[[Pod], bool], *, timeout_s: float, what: str, of: Iterable[Pod] | None = None
@@ -400,9 +434,12 @@ class Cluster:
                     self._wait_for_end(container, must_succeed=True)
                 pod.done = True
                 return
-            while not self.stopping.wait(0.2):
+            stopping = pod.stopping
+            while not (self.stopping.is_set() or stopping.wait(0.2)):
                 for container in main:
-                    if container.process and container.process.poll() is not None and not self.stopping.is_set():
+                    if container.process and container.process.poll() is not None and not stopping.is_set():
+                        if self.stopping.is_set():
+                            return
                         container.ready = False
                         reason = self._ended(container)
                         if container.restarts >= self.max_restarts:
@@ -532,7 +569,8 @@ class Cluster:
         return values
 
     def _start_container(self, container: Container, volumes: Mapping[str, Path]) -> None:
-        container.id = f"{self.id}-{container.pod.name}-{container.name}-{container.restarts}"
+        generation = f"{container.pod.generation}.{container.restarts}"
+        container.id = f"{self.id}-{container.pod.name}-{container.name}-{generation}"
         bundle = self.folder / "bundles" / container.id
         for part in ("rootfs", "upper", "work"):
             (bundle / part).mkdir(parents=True)
@@ -543,10 +581,11 @@ class Cluster:
         container.exit_code = None
         with container.log.open("ab") as log:
             container.process = subprocess.Popen(
-                [*self.runc, "run", "--keep", "--bundle", bundle, container.id],
+                [*self.runc, "run", "--keep", "--pid-file", bundle / "pid", "--bundle", bundle, container.id],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         container.started_s = time.monotonic()
+        self._confirm(container, bundle / "pid")
 
     def _oci(self, container: Container, volumes: Mapping[str, Path], bundle: Path) -> dict[str, Any]:
         pod, spec = container.pod, container.spec
@@ -608,10 +647,38 @@ class Cluster:
                     *({"type": kind} for kind in ("pid", "ipc", "uts", "mount")),
                     {"type": "network", "path": f"/run/netns/{pod.netns}"},
                 ],
+                "seccomp": self._seccomp(container),
                 "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"],
                 "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
             },
         }
+
+    def _seccomp(self, container: Container) -> dict[str, Any]:
+        """Return the filter that the container's spec asks for, or else its pod's."""
+        context = pod_spec(container.pod.workload)["securityContext"] | container.spec["securityContext"]
+        asked = context.get("seccompProfile", {}).get("type")
+        if asked != "RuntimeDefault":
+            raise PodError(f"pod {container.pod.name}, container {container.name}: seccomp profile {asked}")
+        return runtime_default(json.loads(DEFAULT_PROFILE.read_text()))
+
+    def _confirm(self, container: Container, pid_file: Path) -> None:
+        """Ask the kernel whether the process runs as its spec says; a container that ends at once is not asked."""
+        assert container.process is not None
+        context = pod_spec(container.pod.workload)["securityContext"]
+        expected = {"Seccomp": "2", "NoNewPrivs": "1", "CapEff": "0" * 16, "Uid": str(context["runAsUser"])}
+        found: dict[str, str] = {}
+        deadline = time.monotonic() + 10
+        while container.process.poll() is None and not self.stopping.is_set():
+            with contextlib.suppress(OSError, ValueError):
+                status = Path(f"/proc/{int(pid_file.read_text())}/status").read_text()
+                values = dict(line.split(":", 1) for line in status.splitlines())
+                found = {name: values[name].split()[0] for name in expected}
+            if found == expected:
+                self.confirmed.add(container.id)
+                return
+            if time.monotonic() > deadline:
+                raise PodError(self._explain(container.pod, f"runs as {found} instead of {expected}", container))
+            time.sleep(0.05)
 
     def _hosts(self, pod: Pod) -> str:
         lines = ["127.0.0.1 localhost", f"{pod.address} {pod.name}"]
@@ -630,7 +697,8 @@ class Cluster:
         failures = {"readinessProbe": 0, "livenessProbe": 0, "startupProbe": 0}
         due = dict.fromkeys(failures, 0.0)
         begun, restarts = "startupProbe" not in container.spec, 0
-        while not self.stopping.wait(0.1):
+        stopping = container.pod.stopping
+        while not (self.stopping.is_set() or stopping.wait(0.1)):
             self._record_peak(container)
             if container.restarts != restarts:
                 begun, restarts = "startupProbe" not in container.spec, container.restarts
@@ -644,6 +712,8 @@ class Cluster:
                     continue
                 due[kind] = time.monotonic() + probe.get("periodSeconds", 10)
                 reason = container.last_probe = self._ask(container, probe)
+                if stopping.is_set():
+                    return
                 failures[kind] = failures[kind] + 1 if reason else 0
                 if not reason:
                     begun = begun or kind == "startupProbe"
@@ -690,6 +760,18 @@ class Cluster:
         for path in _memory_files(container.id, "memory.max_usage_in_bytes", "memory.peak"):
             with contextlib.suppress(OSError, ValueError):
                 container.peak_bytes = max(container.peak_bytes, int(path.read_text()))
+
+    def execute(self, pod: str, *command: str, container: str | None = None, stdin: bytes = b"") -> bytes:
+        """Run a command in a container as `kubectl exec` does."""
+        found = next(candidate for candidate in self.pods if candidate.name == pod)
+        target = next(c for c in found.containers if c.name == container or (container is None and not c.init))
+        outcome = subprocess.run(
+            [*self.runc, "exec", target.id, *command], input=stdin, capture_output=True, check=False
+        )  # fmt: skip
+        if outcome.returncode:
+            said = (outcome.stderr or outcome.stdout).decode(errors="replace").strip()
+            raise PodError(f"{pod}: {' '.join(command)[:200]}: {said}")
+        return outcome.stdout
 
     def report(self) -> None:
         """Print each container's peak against its limit."""
@@ -788,9 +870,9 @@ def is_notebooks(pod: Pod) -> bool:
     return pod.workload["metadata"]["name"] == "notebooks"
 
 
-def show_that_it_works(manifests: list[Manifest], root: Path, folder: Path, command: list[str] | None) -> None:
+def show_that_it_works(overlay: Path, root: Path, folder: Path, command: list[str] | None) -> None:
     """Start everything, wait until it is ready, run the notebooks' Job against it."""
-    manifests = copy.deepcopy(manifests)
+    manifests = render(overlay)
     if command:
         job = next(w for w in workloads(manifests) if w["metadata"]["name"] == "notebooks")
         pod_spec(job)["containers"][0]["command"] = command
@@ -811,6 +893,7 @@ def show_that_it_works(manifests: list[Manifest], root: Path, folder: Path, comm
         print(
             f"  {len(servers)} pods ready and {len(jobs)} Jobs done after {time.monotonic() - begun:.0f} s", flush=True
         )
+        show_that_calls_are_refused(cluster)
         for pod in notebooks:
             cluster.start_pod(pod)
         cluster.wait(lambda pod: pod.done, timeout_s=900, what="done", of=notebooks)
@@ -820,11 +903,46 @@ def show_that_it_works(manifests: list[Manifest], root: Path, folder: Path, comm
         cluster.wait(lambda pod: pod.ready, timeout_s=5, what="ready any more", of=servers)
         if any(pod.workload["metadata"]["name"] == "redis-proxy" for pod in servers):
             show_a_failover(cluster, servers)
+        if any(pod.name == "postgres-0" for pod in servers):
+            show_backup_and_rotation(cluster, servers, overlay)
         if cluster.denied:
             raise PodError("the network policies forbid what is needed: " + "; ".join(sorted(set(cluster.denied))))
     finally:
         cluster.stop()
         cluster.report()
+
+
+FORBIDDEN_CALLS = """
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+new_user_namespace, get_keyring, session = 0x10000000, 0, -3
+said = {}
+for name, call in {
+    "unshare": lambda: libc.unshare(new_user_namespace),
+    "keyctl": lambda: libc.syscall(%d, get_keyring, session, 1),
+    "getpid": lambda: libc.getpid(),
+}.items():
+    ctypes.set_errno(0)
+    said[name] = errno.errorcode[ctypes.get_errno()] if call() < 0 else "allowed"
+print(said)
+"""
+KEYCTL = {"x86_64": 250, "aarch64": 219}
+
+
+def show_that_calls_are_refused(cluster: Cluster) -> None:
+    """Try two system calls that any user may make, and that the runtime's default profile forbids."""
+    expected = {"unshare": "EPERM", "keyctl": "EPERM", "getpid": "allowed"}
+    script = FORBIDDEN_CALLS % KEYCTL[platform.machine()]
+    said = cluster.execute("mlflow-0", "python", "-c", script).decode().strip()
+    if said != str(expected):
+        raise PodError(f"seccomp: a process in mlflow-0 was told {said} instead of {expected}")
+    started = [container for pod in cluster.pods for container in pod.containers if container.id]
+    print(
+        f"  seccomp, no new privileges, no capabilities, the user: read back from the kernel for "
+        f"{len(cluster.confirmed & {container.id for container in started})} of {len(started)} containers; "
+        f"{said}",
+        flush=True,
+    )
 
 
 def show_a_failover(cluster: Cluster, servers: list[Pod]) -> None:
@@ -868,6 +986,138 @@ def show_a_failover(cluster: Cluster, servers: list[Pod]) -> None:
         time.sleep(0.5)
     cluster.wait(lambda pod: pod.ready, timeout_s=60, what="ready after the failover", of=servers)
     print(f"  Redis lost its primary {primary.name}: writes again after {took_s:.0f} s, nothing lost, it follows now")
+
+
+def show_backup_and_rotation(cluster: Cluster, servers: list[Pod], overlay: Path) -> None:
+    """Do what production.md says: back Postgres up, lose data, restore it; and rotate the role that MLflow logs in as.
+
+    Both want MLflow's servers started anew, so the restored ones are two: one with the old role, one with the new. The
+    old one goes, its role's password ends, and the new one has to serve alone.
+    """
+    old, new = (pod for pod in servers if pod.workload["metadata"]["name"] == "mlflow")
+    begun = time.monotonic()
+    lost = f"made before the backup {cluster.id}"
+    mlflow(cluster, old, "experiments/create", {"name": lost})
+    before = experiments(cluster, old)
+    dumps = {
+        name: cluster.execute("postgres-0", "pg_dump", "-U", "mlflow", "--format=custom", name)
+        for name in ("mlflow", "mlflow_auth")
+    }
+    mlflow(cluster, old, "experiments/delete", {"experiment_id": before[lost]})
+    mlflow(cluster, old, "users/create", {"username": "made-later", "password": secrets.token_hex(12)})
+    psql(cluster, "DROP TABLE model_version_tags CASCADE;")
+    if lost in experiments(cluster, old):
+        raise PodError(f"the experiment {lost} was deleted, and is still there")
+    for pod in (old, new):
+        cluster.stop_pod(pod)
+    for name, dump in dumps.items():
+        restore = ("pg_restore", "-U", "mlflow", "--clean", "--if-exists", "--exit-on-error", f"--dbname={name}")
+        cluster.execute("postgres-0", *restore, stdin=dump)
+
+    password = "p" + secrets.token_urlsafe(24)
+    psql(cluster, f"CREATE ROLE mlflow_b LOGIN PASSWORD '{password}' IN ROLE mlflow;")
+    psql(cluster, "ALTER ROLE mlflow_b SET role = mlflow;")
+    cluster.start_again(old)
+    cluster.wait(lambda pod: bool(pod.containers[-1].process), timeout_s=60, what="started", of=[old])
+    log_in_as(cluster, overlay, f"mlflow_b:{password}")
+    cluster.start_again(new)
+    cluster.wait(lambda pod: pod.ready, timeout_s=START_TIMEOUT_S, what="ready after the restore", of=[old, new])
+    for pod in (old, new):
+        found = experiments(cluster, pod)
+        if found != before:
+            raise PodError(f"{pod.name}: the restore brought back {sorted(found)} instead of {sorted(before)}")
+        users = {user["username"] for user in mlflow(cluster, pod, "users/list")["users"]}
+        if "made-later" in users:
+            raise PodError(f"{pod.name}: a user made after the backup is still there after the restore: {users}")
+
+    sessions = "SELECT string_agg(DISTINCT session_user_, ' ' ORDER BY session_user_) FROM (SELECT usename AS"
+    sessions += " session_user_ FROM pg_stat_activity WHERE datname = 'mlflow' AND client_addr IS NOT NULL) s;"
+    together = psql(cluster, sessions)
+    cluster.stop_pod(old)
+    psql(cluster, "ALTER ROLE mlflow PASSWORD NULL;")
+    address = f"postgresql://mlflow:{postgres_password(cluster)}@127.0.0.1/mlflow"
+    try:
+        cluster.execute("postgres-0", "psql", address, "--command=SELECT 1")
+    except PodError as error:
+        if "password authentication failed" not in str(error):
+            raise
+    else:
+        raise PodError("the old role still logs in")
+    name = f"made as the new role {cluster.id}"
+    mlflow(cluster, new, "experiments/create", {"name": name})
+    if name not in experiments(cluster, new):
+        raise PodError("the server with the new role does not keep what it is given")
+    # A later upgrade of the schema must find all tables its own, whichever role made them.
+    address = f"postgresql://mlflow_b:{password}@127.0.0.1/mlflow"
+    script = "CREATE TABLE made_later (); ALTER TABLE experiments ADD COLUMN made_later int;"
+    cluster.execute("postgres-0", "psql", address, f"--command={script}")
+    owners = psql(cluster, "SELECT string_agg(DISTINCT tableowner, ' ') FROM pg_tables WHERE schemaname = 'public';")
+    if (together, owners) != ("mlflow mlflow_b", "mlflow"):
+        raise PodError(f"sessions of the roles {together}; tables belong to {owners}")
+    print(
+        f"  Postgres: backup, restore and rotation of MLflow's role, in {time.monotonic() - begun:.0f} s: a deleted "
+        f"experiment and a dropped table are back, the old role is refused",
+        flush=True,
+    )
+
+
+def mlflow(cluster: Cluster, pod: Pod, call: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Ask one MLflow server, as the admin."""
+    client = next(s for s in of_kind(cluster.manifests, "Secret") if s["metadata"]["name"] == "platform-client")
+    login = _secret_data(client)
+    credentials = b":".join(login[f"MLFLOW_TRACKING_{name}"] for name in ("USERNAME", "PASSWORD"))
+    headers = {
+        "Authorization": "Basic " + base64.b64encode(credentials).decode(),
+        "Host": "mlflow:5000",
+        "Content-Type": "application/json",
+    }
+    connection = http.client.HTTPConnection(pod.address, 5000, timeout=30)
+    try:
+        payload = None if body is None else json.dumps(body)
+        connection.request("GET" if body is None else "POST", f"/api/2.0/mlflow/{call}", payload, headers)
+        response = connection.getresponse()
+        said = response.read().decode(errors="replace")
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise PodError(f"{pod.name}: {call}: status {response.status}: {said[:300]}")
+    return dict(json.loads(said))
+
+
+def experiments(cluster: Cluster, pod: Pod) -> dict[str, str]:
+    found = mlflow(cluster, pod, "experiments/search", {"max_results": 1000})["experiments"]
+    return {experiment["name"]: experiment["experiment_id"] for experiment in found}
+
+
+def psql(cluster: Cluster, statement: str) -> str:
+    command = ("psql", "-U", "mlflow", "--no-psqlrc", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1", "mlflow")
+    return cluster.execute("postgres-0", *command, stdin=statement.encode()).decode().strip()
+
+
+def postgres_password(cluster: Cluster) -> str:
+    secret = next(s for s in of_kind(cluster.manifests, "Secret") if "POSTGRES_PASSWORD" in s.get("data", {}))
+    return _secret_data(secret)["POSTGRES_PASSWORD"].decode()
+
+
+def log_in_as(cluster: Cluster, overlay: Path, login: str) -> None:
+    """Make MLflow's secrets anew for another login and render again, so that pods that start read those."""
+    values = overlay / "secrets" / "values.env"
+    values.write_text(values.read_text() + f"POSTGRES_LOGIN={login}\n")
+    for name in ("mlflow-database.env", "basic_auth.ini"):
+        (overlay / "secrets" / name).unlink()
+    write_secrets(overlay)
+    cluster.manifests = render(overlay)
+    specs = {w["metadata"]["name"]: w for w in workloads(cluster.manifests)}
+    for pod in cluster.pods:
+        name = pod.workload["metadata"]["name"]
+        if name == "mlflow":
+            pod.workload = specs[name]
+            spec = pod_spec(specs[name])
+            entries = {entry["name"]: entry for entry in (*spec["initContainers"], *spec["containers"])}
+            for container in pod.containers:
+                container.spec = entries[container.name]
+        elif not pod.is_job and pod_spec(pod.workload) != pod_spec(specs[name]):
+            raise PodError(f"a rotation of MLflow's role also restarts {pod.name}")
 
 
 def mutated(manifests: list[Manifest], workload: str, change: Callable[[dict[str, Any]], None]) -> list[Manifest]:
@@ -925,6 +1175,9 @@ def main() -> int:
     if os.geteuid() or missing or platform.system() != "Linux":
         print(f"error: this needs Linux, root and the Debian packages {', '.join(NEEDED.values())}", file=sys.stderr)
         return 1
+    if not DEFAULT_PROFILE.exists():
+        print("error: no seccomp profile: install golang-github-containers-common", file=sys.stderr)
+        return 1
     # Ended from outside, it still ends what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = Path(tempfile.mkdtemp(prefix="pods-"))
@@ -936,9 +1189,10 @@ def main() -> int:
             make_root(root)
         leave_the_machines_network()
         print(f"  a Debian root after {time.monotonic() - begun:.0f} s", flush=True)
-        manifests = render(compose(folder / "manifests", overlay=options.overlay, components=options.component))
+        overlay = compose(folder / "manifests", overlay=options.overlay, components=options.component)
+        manifests = render(overlay)
         print(f"pods of overlay {options.overlay} with {', '.join(options.component) or 'nothing added'}", flush=True)
-        show_that_it_works(manifests, root, folder / "run", json.loads(options.command) if options.command else None)
+        show_that_it_works(overlay, root, folder / "run", json.loads(options.command) if options.command else None)
         print("mutations", flush=True)
         show_that_mutations_fail(manifests, root, folder / "mutations")
     except PodError as error:
