@@ -40,6 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import image
 import redis
 from seccomp import DEFAULT_PROFILE, runtime_default
 
@@ -205,13 +206,20 @@ class Image:
     entrypoint: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     binds: Mapping[str, Path] = field(default_factory=dict)
+    # A file system of its own, instead of the Debian root with this machine's Python.
+    root: Path | None = None
+
+
+def short_name(image_name: str) -> str:
+    """Return an image's name without registry and tag."""
+    return re.sub(r"[:@].*$", "", image_name).rsplit("/", 1)[-1]
 
 
 def image_of(name: str) -> Image:
-    """Say what stands in for an image, by its name without registry and tag."""
+    """Say what stands in for an image."""
     path = f"{Path(sys.prefix) / 'bin'}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     python = {"PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    short = re.sub(r"[:@].*$", "", name).rsplit("/", 1)[-1]
+    short = short_name(name)
     known = {
         "mlflow": Image(env=python | {"PYTHONPATH": "/opt/drivers"}),
         "seaweedfs": Image(env=python),
@@ -235,7 +243,16 @@ def image_of(name: str) -> Image:
 class Cluster:
     """Everything that the manifests describe, on this machine."""
 
-    def __init__(self, manifests: list[Manifest], root: Path, folder: Path, *, max_restarts: int = 3) -> None:
+    def __init__(
+        self,
+        manifests: list[Manifest],
+        root: Path,
+        folder: Path,
+        *,
+        images: Mapping[str, Image] | None = None,
+        max_restarts: int = 3,
+    ) -> None:
+        self.images = images or {}
         self.max_restarts = max_restarts
         self.manifests = manifests
         self.root = root
@@ -540,7 +557,7 @@ class Cluster:
     def environment(self, container: Container) -> dict[str, str]:
         """Build the environment as the kubelet does: image, services, envFrom, env with $(NAME) expanded."""
         pod = container.pod
-        values = dict(image_of(container.spec["image"]).env) | {"HOSTNAME": pod.name}
+        values = dict(self._image(container).env) | {"HOSTNAME": pod.name}
         if pod_spec(pod.workload).get("enableServiceLinks", True):
             for name, (service, address) in self.services.items():
                 prefix = name.upper().replace("-", "_")
@@ -574,7 +591,9 @@ class Cluster:
         bundle = self.folder / "bundles" / container.id
         for part in ("rootfs", "upper", "work"):
             (bundle / part).mkdir(parents=True)
-        layers = f"lowerdir={self.root},upperdir={bundle / 'upper'},workdir={bundle / 'work'}"
+        layers = (
+            f"lowerdir={self._image(container).root or self.root},upperdir={bundle / 'upper'},workdir={bundle / 'work'}"
+        )
         run("mount", "-t", "overlay", "overlay", "-o", layers, bundle / "rootfs")
         self._mounts.append(bundle / "rootfs")
         (bundle / "config.json").write_text(json.dumps(self._oci(container, volumes, bundle)))
@@ -592,7 +611,7 @@ class Cluster:
         pod_context = pod_spec(pod.workload)["securityContext"]
         context = spec["securityContext"]
         environment = self.environment(container)
-        image = image_of(spec["image"])
+        image = self._image(container)
         command = [
             expand(word, environment) for word in (*spec.get("command", image.entrypoint), *spec.get("args", ()))
         ]
@@ -602,6 +621,7 @@ class Cluster:
         hosts.write_text(self._hosts(pod))
         dropped = context["capabilities"]["drop"] == ["ALL"]
         capabilities = [] if dropped else ["CAP_CHOWN", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"]
+        shared = () if image.root else (*python_folders(), REPOSITORY / "src")
         mounts = [
             _mount("/proc", "proc", "proc"),
             _mount("/dev", "tmpfs", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
@@ -609,7 +629,7 @@ class Cluster:
             _mount("/dev/shm", "tmpfs", "shm", "nosuid", "noexec", "nodev", "mode=1777", "size=65536k"),  # noqa: S108
             _mount("/sys", "sysfs", "sysfs", "nosuid", "noexec", "nodev", "ro"),
             _mount("/etc/hosts", "bind", str(hosts), "rbind", "ro"),
-            *(_mount(str(path), "bind", str(path), "rbind", "ro") for path in (*python_folders(), REPOSITORY / "src")),
+            *(_mount(str(path), "bind", str(path), "rbind", "ro") for path in shared),
             *(_mount(target, "bind", str(path), "rbind", "ro") for target, path in image.binds.items()),
         ]
         for entry in spec.get("volumeMounts", ()):
@@ -652,6 +672,10 @@ class Cluster:
                 "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
             },
         }
+
+    def _image(self, container: Container) -> Image:
+        name = container.spec["image"]
+        return self.images.get(short_name(name)) or image_of(name)
 
     def _seccomp(self, container: Container) -> dict[str, Any]:
         """Return the filter that the container's spec asks for, or else its pod's."""
@@ -856,27 +880,61 @@ def _oom_kills(container_id: str) -> int:
 # --- what is run
 
 
-def leave_the_machines_network() -> None:
-    """Go on with a network and mounts of our own: nothing of it is reachable from outside, and nothing stays."""
-    new_network, new_mounts = 0x40000000, 0x00020000
-    if ctypes.CDLL(None, use_errno=True).unshare(new_network | new_mounts):
-        raise PodError(f"no namespaces of its own: {os.strerror(ctypes.get_errno())}")
+def leave_the_machines_mounts(folder: Path) -> None:
+    """Go on with mounts of our own, which end with this process; file systems are made in memory."""
+    _leave(0x00020000)
     run("mount", "--make-rprivate", "/")
+    folder.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=80%,mode=755", "tmpfs", folder)
+
+
+def leave_the_machines_network() -> None:
+    """Go on with a network of our own: nothing of it is reachable from outside."""
+    _leave(0x40000000)
     Path("/run/netns").mkdir(exist_ok=True)
     run("mount", "-t", "tmpfs", "tmpfs", "/run/netns")
+
+
+def _leave(namespace: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).unshare(namespace):
+        raise PodError(f"no namespace of its own: {os.strerror(ctypes.get_errno())}")
+
+
+def built_image(folder: Path) -> dict[str, Image]:
+    """Build the notebooks' image, check what it says of itself, and return it by its name."""
+    try:
+        built = image.build(REPOSITORY, folder)
+    except subprocess.CalledProcessError as error:
+        log = folder / "build.log"
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-12:] if log.exists() else [])
+        raise PodError(f"the Dockerfile does not build: {error}\n{tail}") from None
+    if built.config["User"] != "10001:10001":
+        raise PodError(f"the image runs as {built.config['User']}")
+    stray = [str(path) for path in (built.root / "app").rglob("*") if not path.stat().st_mode & 0o004]
+    stray += [name for name in (".git", "tests", "secrets", ".venv") for _ in (built.root / "app").rglob(name)]
+    if stray:
+        raise PodError(f"the image holds what it must not, or what its user can't read: {stray[:5]}")
+    print(
+        f"  the image {built.id[:12]}: built in {built.took_s:.0f} s, {built.size_bytes / 1e9:.2f} GB, "
+        f"user {built.config['User']}",
+        flush=True,
+    )
+    return {"mlplatform": Image(env=built.env, root=built.root)}
 
 
 def is_notebooks(pod: Pod) -> bool:
     return pod.workload["metadata"]["name"] == "notebooks"
 
 
-def show_that_it_works(overlay: Path, root: Path, folder: Path, command: list[str] | None) -> None:
+def show_that_it_works(
+    overlay: Path, root: Path, folder: Path, images: Mapping[str, Image], command: list[str] | None
+) -> None:
     """Start everything, wait until it is ready, run the notebooks' Job against it."""
     manifests = render(overlay)
     if command:
         job = next(w for w in workloads(manifests) if w["metadata"]["name"] == "notebooks")
         pod_spec(job)["containers"][0]["command"] = command
-    cluster = Cluster(manifests, root, folder)
+    cluster = Cluster(manifests, root, folder, images=images)
     jobs = [pod for pod in cluster.pods if pod.is_job and not is_notebooks(pod)]
     notebooks = [pod for pod in cluster.pods if is_notebooks(pod)]
     everything = list(cluster.pods)
@@ -1168,12 +1226,16 @@ def main() -> int:
     parser.add_argument("--overlay", default="production", help="which overlay's specs (default: production)")
     parser.add_argument("--component", action="append", default=[], help="a component to add; may be repeated")
     parser.add_argument("--root", type=Path, help="where the root is, or is made and kept: saves half a minute")
+    parser.add_argument(
+        "--image", action="store_true", help="build the notebooks' image (buildah) and run the Job in it"
+    )
     parser.add_argument("--command", help="run this in the notebooks' Job instead of its own command")
     parser.add_argument("--keep", action="store_true", help="keep the logs")
     options = parser.parse_args()
-    missing = [package for command, package in NEEDED.items() if not shutil.which(command)]
+    needed = NEEDED | ({"buildah": "buildah"} if options.image else {})
+    missing = [package for command, package in needed.items() if not shutil.which(command)]
     if os.geteuid() or missing or platform.system() != "Linux":
-        print(f"error: this needs Linux, root and the Debian packages {', '.join(NEEDED.values())}", file=sys.stderr)
+        print(f"error: this needs Linux, root and the Debian packages {', '.join(needed.values())}", file=sys.stderr)
         return 1
     if not DEFAULT_PROFILE.exists():
         print("error: no seccomp profile: install golang-github-containers-common", file=sys.stderr)
@@ -1184,15 +1246,18 @@ def main() -> int:
     folder.chmod(0o755)
     begun = time.monotonic()
     try:
-        root = options.root or folder / "root"
+        leave_the_machines_mounts(folder / "images")
+        root = options.root or folder / "images" / "root"
         if not root.exists():
             make_root(root)
+        images = built_image(folder / "images" / "notebooks") if options.image else {}
         leave_the_machines_network()
-        print(f"  a Debian root after {time.monotonic() - begun:.0f} s", flush=True)
+        print(f"  file systems after {time.monotonic() - begun:.0f} s", flush=True)
         overlay = compose(folder / "manifests", overlay=options.overlay, components=options.component)
         manifests = render(overlay)
         print(f"pods of overlay {options.overlay} with {', '.join(options.component) or 'nothing added'}", flush=True)
-        show_that_it_works(overlay, root, folder / "run", json.loads(options.command) if options.command else None)
+        command = json.loads(options.command) if options.command else None
+        show_that_it_works(overlay, root, folder / "run", images, command)
         print("mutations", flush=True)
         show_that_mutations_fail(manifests, root, folder / "mutations")
     except PodError as error:
