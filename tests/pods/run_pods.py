@@ -1054,18 +1054,14 @@ def show_backup_and_rotation(cluster: Cluster, servers: list[Pod], overlay: Path
     """
     old, new = (pod for pod in servers if pod.workload["metadata"]["name"] == "mlflow")
     begun = time.monotonic()
-    lost = f"made before the backup {cluster.id}"
+    lost = f"made before the backup {secrets.token_hex(3)}"
     mlflow(cluster, old, "experiments/create", {"name": lost})
     before = experiments(cluster, old)
     dumps = {
         name: cluster.execute("postgres-0", "pg_dump", "-U", "mlflow", "--format=custom", name)
         for name in ("mlflow", "mlflow_auth")
     }
-    mlflow(cluster, old, "experiments/delete", {"experiment_id": before[lost]})
-    mlflow(cluster, old, "users/create", {"username": "made-later", "password": secrets.token_hex(12)})
-    psql(cluster, "DROP TABLE model_version_tags CASCADE;")
-    if lost in experiments(cluster, old):
-        raise PodError(f"the experiment {lost} was deleted, and is still there")
+    lose_data(cluster, old, before[lost])
     for pod in (old, new):
         cluster.stop_pod(pod)
     for name, dump in dumps.items():
@@ -1081,18 +1077,48 @@ def show_backup_and_rotation(cluster: Cluster, servers: list[Pod], overlay: Path
     cluster.start_again(new)
     cluster.wait(lambda pod: pod.ready, timeout_s=START_TIMEOUT_S, what="ready after the restore", of=[old, new])
     for pod in (old, new):
-        found = experiments(cluster, pod)
-        if found != before:
-            raise PodError(f"{pod.name}: the restore brought back {sorted(found)} instead of {sorted(before)}")
-        users = {user["username"] for user in mlflow(cluster, pod, "users/list")["users"]}
-        if "made-later" in users:
-            raise PodError(f"{pod.name}: a user made after the backup is still there after the restore: {users}")
-
-    sessions = "SELECT string_agg(DISTINCT session_user_, ' ' ORDER BY session_user_) FROM (SELECT usename AS"
-    sessions += " session_user_ FROM pg_stat_activity WHERE datname = 'mlflow' AND client_addr IS NOT NULL) s;"
-    together = psql(cluster, sessions)
+        check_restored(cluster, pod, before)
+    together = psql(cluster, SESSIONS)
+    if together != "mlflow mlflow_b":
+        raise PodError(f"the servers hold sessions of {together}, not of the old role and the new")
     cluster.stop_pod(old)
     psql(cluster, "ALTER ROLE mlflow PASSWORD NULL;")
+    check_retired(cluster, new, password)
+    print(
+        f"  Postgres: backup, restore and rotation of MLflow's role, in {time.monotonic() - begun:.0f} s: a deleted "
+        f"experiment and a dropped table are back, the old role is refused",
+        flush=True,
+    )
+
+
+SESSIONS = """
+    SELECT string_agg(DISTINCT usename::text, ' ') FROM pg_stat_activity
+    WHERE datname = 'mlflow' AND client_addr IS NOT NULL;
+"""
+OWNERS = "SELECT string_agg(DISTINCT tableowner::text, ' ') FROM pg_tables WHERE schemaname = 'public';"
+
+
+def lose_data(cluster: Cluster, server: Pod, experiment_id: str) -> None:
+    """Delete an experiment and a table, and make a user whom the backup doesn't know."""
+    mlflow(cluster, server, "experiments/delete", {"experiment_id": experiment_id})
+    mlflow(cluster, server, "users/create", {"username": "made-later", "password": secrets.token_hex(12)})
+    psql(cluster, "DROP TABLE model_version_tags CASCADE;")
+    if experiment_id in experiments(cluster, server).values():
+        raise PodError(f"the experiment {experiment_id} was deleted, and is still there")
+
+
+def check_restored(cluster: Cluster, server: Pod, before: Mapping[str, str]) -> None:
+    found = experiments(cluster, server)
+    if found != before:
+        raise PodError(f"{server.name}: the restore brought back {sorted(found)} instead of {sorted(before)}")
+    users = {user["username"] for user in mlflow(cluster, server, "users/list")["users"]}
+    if "made-later" in users:
+        raise PodError(f"{server.name}: a user made after the backup is still there after the restore: {users}")
+    psql(cluster, "SELECT count(*) FROM model_version_tags;")
+
+
+def check_retired(cluster: Cluster, server: Pod, password: str) -> None:
+    """Check that the old role is refused, and that the new one serves and makes nothing that is its own."""
     address = f"postgresql://mlflow:{postgres_password(cluster)}@127.0.0.1/mlflow"
     try:
         cluster.execute("postgres-0", "psql", address, "--command=SELECT 1")
@@ -1101,22 +1127,17 @@ def show_backup_and_rotation(cluster: Cluster, servers: list[Pod], overlay: Path
             raise
     else:
         raise PodError("the old role still logs in")
-    name = f"made as the new role {cluster.id}"
-    mlflow(cluster, new, "experiments/create", {"name": name})
-    if name not in experiments(cluster, new):
+    name = f"made as the new role {secrets.token_hex(3)}"
+    mlflow(cluster, server, "experiments/create", {"name": name})
+    if name not in experiments(cluster, server):
         raise PodError("the server with the new role does not keep what it is given")
     # A later upgrade of the schema must find all tables its own, whichever role made them.
     address = f"postgresql://mlflow_b:{password}@127.0.0.1/mlflow"
     script = "CREATE TABLE made_later (); ALTER TABLE experiments ADD COLUMN made_later int;"
     cluster.execute("postgres-0", "psql", address, f"--command={script}")
-    owners = psql(cluster, "SELECT string_agg(DISTINCT tableowner, ' ') FROM pg_tables WHERE schemaname = 'public';")
-    if (together, owners) != ("mlflow mlflow_b", "mlflow"):
-        raise PodError(f"sessions of the roles {together}; tables belong to {owners}")
-    print(
-        f"  Postgres: backup, restore and rotation of MLflow's role, in {time.monotonic() - begun:.0f} s: a deleted "
-        f"experiment and a dropped table are back, the old role is refused",
-        flush=True,
-    )
+    owners = psql(cluster, OWNERS)
+    if owners != "mlflow":
+        raise PodError(f"tables belong to {owners}, and not all to mlflow")
 
 
 def mlflow(cluster: Cluster, pod: Pod, call: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
