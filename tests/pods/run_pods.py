@@ -36,6 +36,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -959,10 +960,15 @@ def show_that_it_works(
             print(f"  the notebooks' Job is done after {time.monotonic() - begun:.0f} s:")
             print("".join(f"    | {line}\n" for line in pod.containers[-1].log.read_text().splitlines()[-25:]))
         cluster.wait(lambda pod: pod.ready, timeout_s=5, what="ready any more", of=servers)
-        if any(pod.workload["metadata"]["name"] == "redis-proxy" for pod in servers):
-            show_a_failover(cluster, servers)
-        if any(pod.name == "postgres-0" for pod in servers):
-            show_backup_and_rotation(cluster, servers, overlay)
+        # Side by side: the one mostly waits, the other mostly imports MLflow.
+        with ThreadPoolExecutor() as pool:
+            shown = []
+            if any(pod.workload["metadata"]["name"] == "redis-proxy" for pod in servers):
+                shown.append(pool.submit(show_a_failover, cluster, servers))
+            if any(pod.name == "postgres-0" for pod in servers):
+                shown.append(pool.submit(show_backup_and_rotation, cluster, servers, overlay))
+            for each in shown:
+                each.result()
         if cluster.denied:
             raise PodError("the network policies forbid what is needed: " + "; ".join(sorted(set(cluster.denied))))
     finally:
@@ -1042,7 +1048,8 @@ def show_a_failover(cluster: Cluster, servers: list[Pod]) -> None:
         if time.monotonic() > deadline:
             raise PodError("the lost primary came back, and does not follow the new one")
         time.sleep(0.5)
-    cluster.wait(lambda pod: pod.ready, timeout_s=60, what="ready after the failover", of=servers)
+    redis_pods = [pod for pod in servers if pod.workload["metadata"]["name"] in ("redis", "redis-proxy")]
+    cluster.wait(lambda pod: pod.ready, timeout_s=60, what="ready after the failover", of=redis_pods)
     print(f"  Redis lost its primary {primary.name}: writes again after {took_s:.0f} s, nothing lost, it follows now")
 
 
@@ -1285,6 +1292,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
+        subprocess.run(["umount", "--lazy", folder / "images"], check=False, capture_output=True)
         if not options.keep:
             shutil.rmtree(folder, ignore_errors=True)
     print(f"pods: all passed in {time.monotonic() - begun:.0f} s")
