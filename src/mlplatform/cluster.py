@@ -403,7 +403,7 @@ class Forward:
         reader = threading.Thread(target=self._read, args=(process, lines), daemon=True)
         reader.start()
         try:
-            while process.poll() is None and not self._stopping.wait(1.0):
+            while not self._stopping.is_set() and not _has_ended(process, within_s=1.0):
                 # An API server that is away for a moment is no reason to drop a forward that works.
                 with suppress(ClusterError):
                     if (pod, remote) not in self._target():
@@ -610,6 +610,14 @@ def _kubectl_path() -> str:
 
 def _kubectl_command(context: str) -> list[str]:
     return [_kubectl_path(), "--context", context]
+
+
+def _has_ended(process: subprocess.Popen[str], *, within_s: float) -> bool:
+    try:
+        process.wait(within_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _workload_names(manifests: list[Manifest]) -> list[tuple[str, str]]:

@@ -23,6 +23,8 @@ from feast import FeatureService, FeatureStore
 from feast.errors import FeastObjectNotFoundException
 from feast.repo_config import load_repo_config
 from feast.repo_operations import apply_total
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from mlplatform import history, objectstore
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, RegistryError, ServiceDownError
@@ -38,6 +40,8 @@ MATERIALISE_END = WINDOW_END + pd.Timedelta(days=1)
 
 Notify = Callable[[str], None]
 _NEXT = "run 'make features'"
+# A forward to a cluster that drops is back within three seconds; MLflow's, boto3's and Redis's clients wait as well.
+_PATIENCE = Retry(3, read=1, backoff_factor=0.5, allowed_methods=None)
 
 
 def source_uri(view: str) -> str:
@@ -242,7 +246,7 @@ def read_server(
         users: User ids.
         features: As in `point_in_time`.
         environ: Where `FEATURE_SERVER_URL` and, if the server wants one, `FEATURE_SERVER_TOKEN` are looked up.
-        timeout_s: How long the server may take, in seconds.
+        timeout_s: How long the server may take, in seconds; a connection that breaks is tried again, within 3 s.
 
     Returns:
         As `read_online`.
@@ -257,12 +261,14 @@ def read_server(
     asked = {"feature_service": features} if isinstance(features, str) else {"features": list(features)}
     token = environ.get("FEATURE_SERVER_TOKEN")
     try:
-        reply = requests.post(
-            f"{url}/get-online-features",
-            json={**asked, "entities": {USER_ID: list(_checked(users))}},
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=timeout_s,
-        )
+        with requests.Session() as session:
+            session.mount(url, HTTPAdapter(max_retries=_PATIENCE))
+            reply = session.post(
+                f"{url}/get-online-features",
+                json={**asked, "entities": {USER_ID: list(_checked(users))}},
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+                timeout=timeout_s,
+            )
     except requests.RequestException as error:
         raise ServiceDownError(f"the feature server at {url} does not answer; run 'make serve'") from error
     if reply.status_code == 401:
