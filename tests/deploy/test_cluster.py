@@ -206,7 +206,7 @@ def test_a_pod_that_never_gets_ready_is_named_with_its_last_events_and_log(fake:
     with pytest.raises(
         ClusterError, match=r"pod mlflow-0 does not come up: PodInitializing: .*; see 'kubectl --context"
     ):
-        Cluster(overlay, notify=lines.append).up(timeout_s=3)
+        Cluster(overlay, notify=lines.append).up(timeout_s=1)
     assert "  event Failed: 0/1 nodes hold the image" in lines
     assert "  log   no such table: experiments" in lines
 
@@ -215,7 +215,7 @@ def test_an_image_that_can_not_be_pulled_ends_the_wait_early(fake: FakeCluster, 
     fake.waiting["feature-server"] = "ImagePullBackOff"
     begun = time.monotonic()
     with pytest.raises(ClusterError, match="pod feature-server-0 does not come up: ImagePullBackOff"):
-        Cluster(overlay).up(timeout_s=300, patience_s=2)
+        Cluster(overlay).up(timeout_s=300, patience_s=1)
     assert time.monotonic() - begun < 30
 
 
