@@ -109,7 +109,7 @@ def changed_values(
     for group in rotate:
         if any(name + PREVIOUS in result for name in GROUPS[group]):
             raise ClusterError(
-                f"{group} was rotated before and its old values are still valid; run k8s-secrets --retire {group}"
+                f"{group} was rotated before and its old values are still valid; run 'make k8s-secrets RETIRE={group}'"
             )
         for name in GROUPS[group]:
             if name in result:

@@ -82,7 +82,7 @@ def test_a_rotated_secret_is_valid_beside_the_old_one_until_that_is_retired(tmp_
     for name in GROUPS[group]:
         assert both[name] != old[name]
         assert both[name + PREVIOUS] == old[name]
-    with pytest.raises(ClusterError, match=f"--retire {group}"):
+    with pytest.raises(ClusterError, match=f"RETIRE={group}"):
         write_secrets(overlay, rotate=[group])
     write_secrets(overlay, retire=[group])
     assert read_env(path) == {name: value for name, value in both.items() if not name.endswith(PREVIOUS)}
@@ -125,6 +125,19 @@ def test_the_feature_server_can_only_read_where_the_store_knows_identities() -> 
     values = changed_values({})
     assert "reader" in derived_files(values, postgres=False, seaweedfs=True)["feature-server.env"].splitlines()[0]
     assert "platform" in derived_files(values, postgres=False, seaweedfs=False)["feature-server.env"].splitlines()[0]
+
+
+def test_mlflow_logs_in_to_postgres_as_the_role_that_the_values_name() -> None:
+    values = changed_values({})
+    for changed, login in (
+        (values, f"mlflow:{values['POSTGRES_PASSWORD']}"),
+        (values | {"POSTGRES_LOGIN": "mlflow_b:other"}, "mlflow_b:other"),
+    ):
+        files = derived_files(changed, postgres=True, seaweedfs=True)
+        address = f"postgresql+psycopg2://{login}@postgres:5432"
+        assert f"MLFLOW_BACKEND_STORE_URI={address}/mlflow\n" in files["mlflow-database.env"]
+        assert f"database_uri = {address}/mlflow_auth\n" in files["basic_auth.ini"]
+        assert files["postgres.env"] == f"POSTGRES_PASSWORD={values['POSTGRES_PASSWORD']}\n"
 
 
 # --- contexts

