@@ -346,6 +346,7 @@ class Forward:
         self._stopping = threading.Event()
         self._ready = threading.Event()
         self._failure: PlatformError | None = None
+        self._said = ""
         self._process: subprocess.Popen[str] | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"forward-{name}")
 
@@ -362,7 +363,10 @@ class Forward:
             if self._failure:
                 raise self._failure
             if time.monotonic() > deadline:
-                raise ClusterError(f"{self.name} can't be forwarded within {timeout_s:.0f} s; run 'make k8s-status'")
+                reason = f": {self._said}" if self._said else ""
+                raise ClusterError(
+                    f"{self.name} can't be forwarded within {timeout_s:.0f} s{reason}; run 'make k8s-status'"
+                )
 
     def stop(self) -> None:
         """End the forward."""
@@ -382,8 +386,9 @@ class Forward:
                 pod, remote = ready[0]
                 if previous:
                     self._notify(f"{self.name}: the forward to {previous} dropped; leading to {pod}")
-                previous = pod
-                self._follow(pod, remote)
+                previous = pod if self._follow(pod, remote) else None
+                if not previous:
+                    self._stopping.wait(1)
             except PortTakenError as error:
                 self._failure = error
                 self._notify(str(error))
@@ -393,8 +398,12 @@ class Forward:
                 self._notify(f"{self.name}: {error}")
                 self._stopping.wait(1)
 
-    def _follow(self, pod: str, remote: int) -> None:
-        """Forward to one pod until the forward ends or the pod is no longer the one to lead to."""
+    def _follow(self, pod: str, remote: int) -> bool:
+        """Forward to one pod until the forward ends or the pod is no longer the one to lead to.
+
+        Returns:
+            Whether the forward was ever open.
+        """
         process = subprocess.Popen(
             self._command(pod, self.port, remote), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -407,7 +416,7 @@ class Forward:
                 # An API server that is away for a moment is no reason to drop a forward that works.
                 with suppress(ClusterError):
                     if (pod, remote) not in self._target():
-                        return
+                        break
         finally:
             self._end()
             reader.join(timeout=5)
@@ -419,10 +428,13 @@ class Forward:
                 f"port {self.port}, on which {self.name} is forwarded, is taken by another program; "
                 f"stop it, or set {variable} to a free port"
             )
+        self._said = lines[-1] if lines else ""
+        return any(line.startswith("Forwarding from") for line in lines)
 
     def _read(self, process: subprocess.Popen[str], lines: list[str]) -> None:
         for line in process.stdout or ():
-            lines.append(line.strip())
+            if not line.startswith("Handling connection"):
+                lines.append(line.strip())
             if line.startswith("Forwarding from"):
                 self._ready.set()
             elif "lost connection" in line.lower():

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
+import pytest
 import yaml
 
 # Kind, plural and group version of everything that the manifests hold, and what the client lists beside it.
@@ -48,6 +52,8 @@ class FakeCluster:
         requests: Each request that changed something: method, path and content type.
         waiting: Why the pods of a workload do not run, by the workload's name.
         pods: Names of pods that stand for a workload, by the workload's name; one called `<name>-0` by default.
+        backends: The local port that a forward to a pod leads to, by the pod's name.
+        drops: After how many pieces of data the first forward to a pod is cut, by the pod's name.
     """
 
     def __init__(self) -> None:
@@ -55,6 +61,8 @@ class FakeCluster:
         self.requests: list[tuple[str, str, str]] = []
         self.waiting: dict[str, str] = {}
         self.pods: dict[str, list[str]] = {}
+        self.backends: dict[str, int] = {}
+        self.drops: dict[str, int] = {}
 
     def list_items(self, plural: str) -> list[dict[str, Any]]:
         if plural == "pods":
@@ -76,9 +84,12 @@ class FakeCluster:
         state = {"waiting": {"reason": reason, "message": "as the test wants"}} if reason else {"running": {}}
         return [
             {
+                "kind": "Pod",
+                "apiVersion": "v1",
                 "metadata": {"name": pod, "namespace": "mlplatform", "labels": template["metadata"]["labels"]},
                 "spec": template["spec"],
                 "status": {
+                    "phase": "Running",
                     "conditions": [{"type": "Ready", "status": "False" if reason else "True"}],
                     "containerStatuses": [
                         {
@@ -162,8 +173,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _get_resource(self) -> None:
         plural, name, sub = self._resource()
+        pods = {pod["metadata"]["name"]: pod for pod in self.cluster.list_items("pods")} if plural == "pods" else {}
         if sub == "log":
             self._answer(b"starting\nno such table: experiments\n")
+        elif sub == "portforward":
+            # kubectl asks for a WebSocket first, and for SPDY when a server knows none.
+            self._answer({"kind": "Status", "status": "Failure", "code": 400, "message": "no WebSockets here"}, 400)
+        elif name in pods:
+            self._answer(pods[name])
         elif name and (plural, name) in self.cluster.objects:
             self._answer(self.cluster.objects[plural, name])
         elif name or not plural:
@@ -188,6 +205,19 @@ class _Handler(BaseHTTPRequestHandler):
         body["metadata"]["uid"] = f"{plural}-{name}"
         self._answer(body)
 
+    def do_POST(self) -> None:
+        _, name, sub = self._resource()
+        if sub != "portforward" or name not in self.cluster.backends:
+            self._missing()
+            return
+        self.send_response(101)
+        for header, value in (("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1")):
+            self.send_header(header, value)
+        self.send_header("X-Stream-Protocol-Version", "portforward.k8s.io")
+        self.end_headers()
+        self.close_connection = True
+        _Forwarding(self, name).serve()
+
     def do_DELETE(self) -> None:
         plural, name, _ = self._resource()
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -196,6 +226,91 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.cluster.requests.append(("DELETE", self._path(), ""))
         self._answer(self.cluster.objects.pop((plural, name)))
+
+
+class _Forwarding:
+    """The server's side of `kubectl port-forward`: as much of SPDY/3.1 as that speaks.
+
+    Each forwarded connection is a pair of streams. What they are is said in headers whose compression wants SPDY's
+    dictionary; here the one that the client closes without a word is taken for the stream of errors, the other for
+    the data's, whose client must speak first.
+    """
+
+    SYN_STREAM, SYN_REPLY, RST_STREAM, PING = 1, 2, 3, 6
+    FIN = 1
+
+    def __init__(self, handler: _Handler, pod: str) -> None:
+        self._cluster, self._pod = handler.cluster, pod
+        self._client, self._frames = handler.connection, handler.rfile
+        self._sending = threading.Lock()
+        self._headers = zlib.compressobj()
+        self._streams: dict[int, socket.socket] = {}
+
+    def serve(self) -> None:
+        try:
+            while len(head := self._frames.read(8)) == 8:
+                word, tail = struct.unpack(">II", head)
+                flags, body = tail >> 24, self._frames.read(tail & 0xFFFFFF)
+                if not word >> 31:
+                    self._take(word, body, last=bool(flags & self.FIN))
+                elif word & 0xFFFF == self.SYN_STREAM:
+                    self._accept(body[:4])
+                elif word & 0xFFFF == self.PING:
+                    self._control(self.PING, body)
+                elif word & 0xFFFF == self.RST_STREAM:
+                    self._close(struct.unpack(">I", body[:4])[0])
+        except OSError:
+            pass
+        finally:
+            for stream in list(self._streams):
+                self._close(stream)
+
+    def _accept(self, stream: bytes) -> None:
+        with self._sending:
+            none = self._headers.compress(struct.pack(">I", 0)) + self._headers.flush(zlib.Z_SYNC_FLUSH)
+            self._client.sendall(self._frame(0x80030000 | self.SYN_REPLY, stream + none))
+
+    def _take(self, stream: int, body: bytes, *, last: bool) -> None:
+        if stream not in self._streams:
+            if last and not body:
+                self._data(stream, b"", self.FIN)
+                return
+            backend = socket.create_connection(("127.0.0.1", self._cluster.backends[self._pod]))
+            self._streams[stream] = backend
+            threading.Thread(target=self._give, args=(stream, backend), daemon=True).start()
+        left = self._cluster.drops.get(self._pod, 0)
+        if left == 1:
+            self._client.shutdown(socket.SHUT_RDWR)
+        self._cluster.drops[self._pod] = max(0, left - 1)
+        if left == 1:
+            return
+        self._streams[stream].sendall(body)
+        if last:
+            self._streams[stream].shutdown(socket.SHUT_WR)
+
+    def _give(self, stream: int, backend: socket.socket) -> None:
+        try:
+            while body := backend.recv(65536):
+                self._data(stream, body)
+            self._data(stream, b"", self.FIN)
+        except OSError:
+            pass
+
+    def _close(self, stream: int) -> None:
+        if backend := self._streams.pop(stream, None):
+            backend.close()
+
+    def _control(self, kind: int, body: bytes) -> None:
+        with self._sending:
+            self._client.sendall(self._frame(0x80030000 | kind, body))
+
+    def _data(self, stream: int, body: bytes, flags: int = 0) -> None:
+        with self._sending:
+            self._client.sendall(self._frame(stream, body, flags))
+
+    @staticmethod
+    def _frame(word: int, body: bytes, flags: int = 0) -> bytes:
+        return struct.pack(">II", word, flags << 24 | len(body)) + body
 
 
 @contextmanager
@@ -213,6 +328,16 @@ def serve(folder: Path, *, context: str = "kind-test") -> Iterator[tuple[FakeClu
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def use(kubeconfig: Path, patch: pytest.MonkeyPatch) -> None:
+    """Have kubectl and the official client read this kubeconfig and no other."""
+    patch.setenv("KUBECONFIG", str(kubeconfig))
+    patch.setenv("HOME", str(kubeconfig.parent))
+    # The client reads the variable when it is imported.
+    patch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
+    # The stand-in publishes no schema to validate against; that is done when the manifests are tested.
+    patch.setattr("mlplatform.cluster.VALIDATION", "--validate=false")
 
 
 def write_kubeconfig(path: Path, server: str, context: str) -> Path:

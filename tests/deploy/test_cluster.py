@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import socketserver
 import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
-from fake_cluster import FakeCluster, serve, write_kubeconfig
+from fake_cluster import FakeCluster, serve, use, write_kubeconfig
 from manifests import compose
 
 from mlplatform.cluster import Cluster, Forward, Workload, describe, images, looks_like_production, render
@@ -31,17 +35,8 @@ def overlay(tmp_path: Path) -> Path:
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
     with serve(tmp_path) as (cluster, kubeconfig):
-        _use(kubeconfig, monkeypatch)
+        use(kubeconfig, monkeypatch)
         yield cluster
-
-
-def _use(kubeconfig: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
-    monkeypatch.setenv("HOME", str(kubeconfig.parent))
-    # The stand-in publishes no schema to validate against; that is done when the manifests are tested.
-    monkeypatch.setattr("mlplatform.cluster.VALIDATION", "--validate=false")
-    # The client reads the variable when it is imported.
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
 
 
 # --- secrets
@@ -157,7 +152,7 @@ def test_production_is_touched_only_after_a_confirmation(
     tmp_path: Path, overlay: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve(tmp_path, context="eks-prod") as (_, kubeconfig):
-        _use(kubeconfig, monkeypatch)
+        use(kubeconfig, monkeypatch)
         with pytest.raises(ClusterError, match=r"eks-prod looks like production; .* --yes"):
             Cluster(overlay)
         asked: list[str] = []
@@ -174,7 +169,7 @@ def test_an_unknown_context_is_named_with_those_there_are(fake: FakeCluster, ove
 
 
 def test_no_kubeconfig_is_said(tmp_path: Path, overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _use(tmp_path / "nothing", monkeypatch)
+    use(tmp_path / "nothing", monkeypatch)
     with pytest.raises(ClusterError, match="no kubeconfig to find a cluster in"):
         Cluster(overlay)
 
@@ -182,7 +177,7 @@ def test_no_kubeconfig_is_said(tmp_path: Path, overlay: Path, monkeypatch: pytes
 def test_a_cluster_that_does_not_answer_is_named_within_seconds(
     tmp_path: Path, overlay: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _use(write_kubeconfig(tmp_path / "config", f"http://127.0.0.1:{free_port()}", "kind-away"), monkeypatch)
+    use(write_kubeconfig(tmp_path / "config", f"http://127.0.0.1:{free_port()}", "kind-away"), monkeypatch)
     begun = time.monotonic()
     with pytest.raises(ClusterError, match=r"the cluster of context kind-away .* does not answer; start it"):
         Cluster(overlay)
@@ -270,8 +265,6 @@ while True:
     connection.sendall(sys.argv[2].encode())
     connection.close()
 """
-# What kubectl says when something else has the port.
-TAKEN = "print('unable to listen on port: address already in use'); raise SystemExit(1)"
 
 
 def _relay(pod: str, local: int, remote: int) -> list[str]:
@@ -281,6 +274,43 @@ def _relay(pod: str, local: int, remote: int) -> list[str]:
 def _ask(port: int) -> str:
     with socket.create_connection(("127.0.0.1", port), 2) as connection:
         return connection.recv(100).decode()
+
+
+@pytest.fixture
+def echo() -> Iterator[int]:
+    """The port of a server that sends back what it gets."""
+
+    class Echo(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with suppress(ConnectionError):
+                while data := self.request.recv(65536):
+                    self.request.sendall(data)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Echo) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+def _send(port: int, data: bytes) -> bytes:
+    """Send something through a forward, and return what comes back before it ends."""
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+
+        def write() -> None:
+            with suppress(OSError):
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        got = b""
+        with suppress(ConnectionError):
+            while piece := connection.recv(65536):
+                got += piece
+        thread.join()
+    return got
 
 
 def _eventually(check: Callable[[], bool], timeout_s: float = 15) -> None:
@@ -349,11 +379,45 @@ def test_a_forward_that_works_outlives_an_api_server_that_is_away() -> None:
         forward.stop()
 
 
-def test_a_port_that_is_taken_while_forwarding_is_named() -> None:
-    forward = Forward("mlflow", 5000, lambda: [("mlflow-0", 5000)], lambda *_: [sys.executable, "-c", TAKEN])
+def test_a_port_that_is_taken_while_forwarding_is_named(fake: FakeCluster, overlay: Path) -> None:
+    cluster = Cluster(overlay)
+    cluster.up()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = fake.backends["mlflow-0"] = server.getsockname()[1]
+        forward = Forward("mlflow", port, lambda: [("mlflow-0", 5000)], cluster._forward_command)
+        try:
+            with pytest.raises(PortTakenError, match=rf"port {port}, on which mlflow is.*MLPLATFORM_MLFLOW_PORT"):
+                forward.start()
+        finally:
+            forward.stop()
+
+
+def test_kubectl_carries_what_is_sent_and_a_lost_connection_is_made_anew(
+    fake: FakeCluster, overlay: Path, echo: int
+) -> None:
+    said: list[str] = []
+    cluster = Cluster(overlay, notify=said.append)
+    cluster.up()
+    fake.backends = dict.fromkeys(("mlflow-0", "minio-0", "redis-0", "feature-server-0"), echo)
+    with cluster.forwarded({}) as settings, ThreadPoolExecutor(8) as clients:
+        port = int(settings.tracking_uri.rsplit(":", 1)[1])
+        sent = [os.urandom(200_000) for _ in range(20)]
+        assert list(clients.map(partial(_send, port), sent)) == sent
+        fake.drops["mlflow-0"] = 3
+        assert _send(port, sent[0]) != sent[0]
+        _eventually(lambda: _send(port, sent[0]) == sent[0])
+    assert said[-1] == "mlflow: the forward to mlflow-0 dropped; leading to mlflow-0"
+
+
+def test_what_kubectl_says_of_a_forward_that_never_opens_is_said(fake: FakeCluster, overlay: Path) -> None:
+    cluster = Cluster(overlay)
+    cluster.up()
+    forward = Forward("mlflow", free_port(), lambda: [("mlflow-0", 5000)], cluster._forward_command)
     try:
-        with pytest.raises(PortTakenError, match=r"port 5000, on which mlflow is forwarded.*MLPLATFORM_MLFLOW_PORT"):
-            forward.start()
+        with pytest.raises(
+            ClusterError, match=r"mlflow can't be forwarded within 2 s: error: .*; run 'make k8s-status'"
+        ):
+            forward.start(timeout_s=2)
     finally:
         forward.stop()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_cluster import FakeCluster, serve
+from fake_cluster import FakeCluster, serve, use
 from manifests import compose
 
 from mlplatform import cluster_cli
@@ -22,9 +22,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluste
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     with serve(tmp_path) as (cluster, kubeconfig):
-        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
-        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
-        monkeypatch.setattr("mlplatform.cluster.VALIDATION", "--validate=false")
+        use(kubeconfig, monkeypatch)
         yield cluster
 
 
