@@ -17,7 +17,7 @@ from typing import Any
 
 from mlplatform.errors import MissingObjectError, PlatformError
 from mlplatform.objectstore import client, translated
-from mlplatform.settings import BUCKETS, connect
+from mlplatform.settings import BUCKETS, find_settings
 
 
 def save(store: Any, folder: Path, *, databases: Iterable[Path] = ()) -> int:
@@ -96,11 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--database", type=Path, action="append", default=[], help="a SQLite file to save too")
     options = parser.parse_args(arguments)
     try:
-        connect(os.environ)
+        # MLflow's server may be stopped meanwhile: a restore is best done so.
+        store = client(find_settings(os.environ))
         if options.command == "save":
-            count = save(client(), options.folder, databases=options.database)
+            count = save(store, options.folder, databases=options.database)
         else:
-            count = restore(client(), options.folder)
+            count = restore(store, options.folder)
     except PlatformError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1

@@ -142,10 +142,14 @@ class Cluster:
         """
         deadline = time.monotonic() + timeout_s
         hopeless_since: dict[str, float] = {}
+        finished: set[tuple[str, str]] = set()
         shown: dict[str, str] = {}
         while True:
             found = {(workload.kind, workload.name): workload for workload in self.workloads()}
-            waiting = [found.get(name) or Workload(*name, 0, 1, False, "not there") for name in names]
+            # The cluster deletes a Job some time after its end, which may come before the others are up.
+            finished |= {name for name, workload in found.items() if name[0] == "Job" and workload.done}
+            unfinished = [name for name in names if name not in finished]
+            waiting = [found.get(name) or Workload(*name, 0, 1, False, "not there") for name in unfinished]
             waiting = [workload for workload in waiting if not workload.done]
             for workload in found.values():
                 line = describe(workload)
@@ -261,10 +265,10 @@ class Cluster:
         ]  # fmt: skip
 
     def _delete_jobs(self, manifests: list[Manifest]) -> None:
-        """Delete Jobs of an earlier run: their templates can't be changed, and they are to run again."""
+        """Delete Jobs of an earlier run and their pods: a Job's template can't be changed, and it is to run again."""
         names = [name for kind, name in _workload_names(manifests) if kind == "Job"]
         if names:
-            self._kubectl("delete", "job", *names, "-n", NAMESPACE, "--ignore-not-found", "--wait")
+            self._kubectl("delete", "job", *names, "-n", NAMESPACE, "--ignore-not-found", "--cascade=foreground")
 
     def _give_up(self, workload: Workload) -> None:
         """Show what is known of a workload that does not come up, and raise."""

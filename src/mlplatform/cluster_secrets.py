@@ -146,7 +146,7 @@ def derived_files(values: Mapping[str, str], *, postgres: bool, seaweedfs: bool)
     }
     # The driver by name, since what SQLAlchemy takes for a bare `postgresql:` changed, and the image has this one.
     login = values.get("POSTGRES_LOGIN") or f"mlflow:{values['POSTGRES_PASSWORD']}"
-    database = f"postgresql+psycopg2://{login}@postgres:5432"
+    database = f"postgresql+psycopg2://{login}@{values.get('POSTGRES_ADDRESS') or 'postgres:5432'}"
     users = f"{database}/mlflow_auth" if postgres else "sqlite:////var/lib/mlflow/basic_auth.db"
     inner = {name: value for name, value in values.items() if name in INNER}
     return {

@@ -175,11 +175,20 @@ def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
         ServiceDownError: A service does not answer within seconds.
         CredentialsError: A service refuses the credentials.
     """
-    settings = read_settings(state_folder(environ=environ)) if _missing(environ) else Settings.from_env(environ)
+    settings = find_settings(environ)
     check_services(settings)
     environ.update(settings.to_env())
     hasten_feast()
     return settings
+
+
+def find_settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Find the platform as `connect` does, without asking whether it answers.
+
+    Raises:
+        SettingsError: As for `connect`.
+    """
+    return read_settings(state_folder(environ=environ)) if _missing(environ) else Settings.from_env(environ)
 
 
 def hasten_feast() -> None:

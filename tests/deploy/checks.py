@@ -308,15 +308,20 @@ def check_allowed_hosts(manifests: list[Manifest]) -> Iterator[str]:
     """MLflow accepts every name under which it is reached, with and without a port, and no pattern for all."""
     for workload in workloads(manifests):
         for container in containers(workload):
-            hosts = {entry["name"]: entry.get("value", "") for entry in container.get("env", ())}.get("ALLOWED_HOSTS")
-            if hosts is None:
+            environment = {entry["name"]: entry.get("value", "") for entry in container.get("env", ())}
+            if "ALLOWED_HOSTS" not in environment:
                 continue
-            given = hosts.split(",")
+            given = environment["ALLOWED_HOSTS"].split(",")
             names = ["mlflow", "mlflow.mlplatform", "mlflow.mlplatform.svc", "mlflow.mlplatform.svc.cluster.local"]
             wanted = [pattern for name in (*names, "localhost", "127.0.0.1") for pattern in (name, f"{name}:*")]
             wanted += [rule["host"] for ingress in of_kind(manifests, "Ingress") for rule in ingress["spec"]["rules"]]
             for host in sorted(set(wanted) - set(given)):
                 yield f"{name_of(workload)} refuses the name {host}"
+            origins = str(environment.get("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS")).split(",")
+            for ingress in of_kind(manifests, "Ingress"):
+                for rule in ingress["spec"]["rules"]:
+                    if f"https://{rule['host']}" not in origins:
+                        yield f"{name_of(workload)} refuses what browsers send from https://{rule['host']}"
             for host in sorted({"*", "*:*"} & set(given)):
                 yield f"{name_of(workload)} accepts every name ({host})"
 

@@ -122,17 +122,25 @@ def test_the_feature_server_can_only_read_where_the_store_knows_identities() -> 
     assert "platform" in derived_files(values, postgres=False, seaweedfs=False)["feature-server.env"].splitlines()[0]
 
 
-def test_mlflow_logs_in_to_postgres_as_the_role_that_the_values_name() -> None:
-    values = changed_values({})
-    for changed, login in (
-        (values, f"mlflow:{values['POSTGRES_PASSWORD']}"),
-        (values | {"POSTGRES_LOGIN": "mlflow_b:other"}, "mlflow_b:other"),
-    ):
-        files = derived_files(changed, postgres=True, seaweedfs=True)
-        address = f"postgresql+psycopg2://{login}@postgres:5432"
-        assert f"MLFLOW_BACKEND_STORE_URI={address}/mlflow\n" in files["mlflow-database.env"]
-        assert f"database_uri = {address}/mlflow_auth\n" in files["basic_auth.ini"]
-        assert files["postgres.env"] == f"POSTGRES_PASSWORD={values['POSTGRES_PASSWORD']}\n"
+@pytest.mark.parametrize(
+    ("named", "where"),
+    [
+        ({}, "mlflow:{POSTGRES_PASSWORD}@postgres:5432"),
+        ({"POSTGRES_LOGIN": "mlflow_b:other"}, "mlflow_b:other@postgres:5432"),
+        ({"POSTGRES_ADDRESS": "db.example.com:5433"}, "mlflow:{POSTGRES_PASSWORD}@db.example.com:5433"),
+    ],
+)
+def test_mlflow_finds_postgres_as_the_values_say_after_a_rotation_too(
+    tmp_path: Path, named: dict[str, str], where: str
+) -> None:
+    overlay = compose(tmp_path, overlay="production")
+    folder = overlay / "secrets"
+    with (folder / "values.env").open("a") as values:
+        values.writelines(f"{name}={value}\n" for name, value in named.items())
+    write_secrets(overlay, rotate=["mlflow"])
+    address = f"postgresql+psycopg2://{where.format(**read_env(folder / 'values.env'))}"
+    assert f"MLFLOW_BACKEND_STORE_URI={address}/mlflow\n" in (folder / "mlflow-database.env").read_text()
+    assert f"database_uri = {address}/mlflow_auth\n" in (folder / "basic_auth.ini").read_text()
 
 
 # --- contexts
@@ -206,6 +214,31 @@ def test_up_again_after_a_rotation_runs_the_jobs_anew(fake: FakeCluster, overlay
     cluster.up()
     assert ("DELETE", "/apis/batch/v1/namespaces/mlplatform/jobs/buckets", "") in fake.requests
     assert ("jobs", "buckets") in fake.objects
+
+
+def test_a_job_that_is_done_and_deleted_before_the_rest_is_up_holds_nothing_up(
+    fake: FakeCluster, overlay: Path
+) -> None:
+    fake.waiting["mlflow"] = "ContainerCreating"
+
+    def expire(line: str) -> None:
+        if line == "Job buckets: done":
+            del fake.objects["jobs", "buckets"]
+            fake.waiting.clear()
+
+    Cluster(overlay, notify=expire).up(timeout_s=10)
+    assert ("jobs", "buckets") not in fake.objects
+
+
+def test_users_that_servers_read_again_are_applied_alone(fake: FakeCluster, tmp_path: Path) -> None:
+    """The command in deploy/production.md."""
+    overlay = compose(tmp_path / "production", overlay="production")
+    kubectl = str(Path(sys.executable).parent / "kubectl")
+    rendered = subprocess.run([kubectl, "kustomize", str(overlay)], capture_output=True, check=True).stdout
+    options = ["--server-side", "--field-manager=mlplatform", "--validate=false"]
+    only = ["--selector", "app.kubernetes.io/component=identities"]
+    subprocess.run([kubectl, "apply", *options, *only, "-f", "-"], input=rendered, capture_output=True, check=True)
+    assert set(fake.objects) == {("secrets", "redis-users"), ("secrets", "seaweedfs-identities")}
 
 
 def test_a_pod_that_never_gets_ready_is_named_with_its_last_events_and_log(fake: FakeCluster, overlay: Path) -> None:

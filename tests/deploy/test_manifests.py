@@ -33,6 +33,7 @@ from manifests import (
     workloads,
 )
 
+from mlplatform.cluster_secrets import INNER
 from mlplatform.settings import BUCKETS
 
 ROOT = DEPLOY.parent
@@ -169,6 +170,15 @@ def test_the_notebooks_image_installs_what_the_lock_file_has_and_the_package_nee
     assert pins[0].items() <= pins[1].items()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {re.split(r"[^a-z0-9-]", need)[0] for need in project["dependencies"]} <= set(pins[0])
+
+
+def test_redis_is_asked_by_a_user_whose_password_no_rotation_changes(production: list[Manifest]) -> None:
+    redis = next(workload for workload in workloads(production) if workload["metadata"]["name"] == "redis")
+    volume = next(volume for volume in pod_spec(redis)["volumes"] if volume["name"] == "users")
+    keys = {item["path"]: item["key"] for item in volume["secret"]["items"]}
+    asked = _container(redis)["readinessProbe"]["exec"]["command"][-1]
+    assert f"cat /etc/redis/users/password) redis-cli --user {keys['password'].split('_')[1].lower()} " in asked
+    assert keys["password"] in INNER
 
 
 def test_the_feature_server_serves_the_registry_that_the_repository_writes() -> None:

@@ -9,7 +9,7 @@ import mlflow
 import pytest
 
 from mlplatform import backup
-from mlplatform.embedded import Embedded
+from mlplatform.embedded import Embedded, free_port
 from mlplatform.errors import MissingObjectError
 from mlplatform.objectstore import client
 from mlplatform.settings import DATASETS_BUCKET, Settings
@@ -54,6 +54,18 @@ def test_a_new_platform_finds_every_object_and_run_of_the_saved_one(
     finally:
         other.clean()
         mlflow.set_tracking_uri(platform.tracking_uri)
+
+
+def test_only_the_object_store_need_be_there(
+    platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    client().put_object(Bucket=DATASETS_BUCKET, Key="backup/two.csv", Body=b"a,b\n")
+    assert backup.main(["save", str(tmp_path)]) == 0
+    assert backup.main(["restore", str(tmp_path)]) == 0
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    assert backup.main(["save", str(tmp_path)]) == 1
+    assert "does not answer" in capsys.readouterr().err
 
 
 def test_restoring_from_nothing_says_so(platform: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

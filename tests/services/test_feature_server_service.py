@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -137,3 +141,43 @@ def test_the_ui_shows_what_is_registered_and_changes_nothing(built: Settings):
         refused = requests.delete(f"{url}/api/v1/feature_views/demographic", params={"project": "income"}, timeout=20)
         assert refused.status_code == 403
         assert requests.get(url, headers={"Host": "elsewhere.example"}, timeout=20).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("secret_key", "ready"),
+    [("", 200), ("wrong", 503)],
+    ids=["there is no registry yet", "the store refuses the keys"],
+)
+def test_on_a_cluster_it_is_ready_without_a_registry_but_not_without_a_store(
+    platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret_key: str, ready: int
+) -> None:
+    path = ROOT / "deploy" / "components" / "feature-server" / "serve.py"
+    served = runpy.run_path(str(path))
+    app = served["ReadOnly"]([TOKEN])
+    names = app.load.__globals__
+    (tmp_path / "feature_store.yaml").write_text("registry: {path: s3://feature-registry/none.pb}")
+    monkeypatch.setitem(names, "FOLDER", tmp_path)
+
+    def stop(_: float) -> None:
+        raise InterruptedError
+
+    monkeypatch.setitem(names, "time", SimpleNamespace(sleep=stop))
+    # Which keeps the keys that it found first.
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
+    if secret_key:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret_key)
+    with pytest.raises(InterruptedError):
+        app.load()
+    assert _status(app, "GET", "/health") == ready
+    assert _status(app, "POST", "/get-online-features") == 503
+
+
+def _status(app: Callable[..., Coroutine[Any, Any, None]], method: str, path: str) -> int:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"authorization", f"Bearer {TOKEN}".encode())]
+    asyncio.run(app({"type": "http", "method": method, "path": path, "headers": headers}, None, send))
+    return int(sent[0]["status"])

@@ -4,7 +4,8 @@ Feast opens its write endpoints (/push, /materialize, ...) to anyone who reaches
 what is open, so that an endpoint added by a later release stays shut; reading asks for a token. The server's own
 credentials for the stores can only read, too.
 
-The server is up before there are features: it answers 503 until the first `feast apply` has written a registry.
+The server is ready before there are features: it answers 503 until the first `feast apply` has written a registry.
+While it loads them, or can't reach or read the store, it is not ready, so that a rollout waits.
 """
 
 # ruff: noqa: T201 (its output is the container's log)
@@ -27,6 +28,7 @@ class ReadOnly:
 
     def __init__(self, tokens):
         self.feast = None
+        self.ready = False
         self.expected = [f"Bearer {token}".encode() for token in tokens]
 
     def load(self):
@@ -39,12 +41,14 @@ class ReadOnly:
 
                     store.refresh_registry()
                     self.feast = get_app(store)
+                    self.ready = True
                     print("serving", flush=True)
                 else:
                     store.refresh_registry()
             except Exception as error:
+                self.ready = self.ready or is_missing(error)
                 print(f"no registry: {type(error).__name__}: {error}", flush=True)
-            time.sleep(REFRESH_S)
+            time.sleep(REFRESH_S if self.ready else 1)
 
     async def __call__(self, scope, receive, send):
         """Answer one request."""
@@ -57,7 +61,8 @@ class ReadOnly:
         if scope["type"] != "http" or (scope["method"], scope["path"]) not in OPEN:
             await answer(send, 403, "this feature server only reads: " + ", ".join(path for _, path in sorted(OPEN)))
         elif scope["path"] == "/health":
-            await answer(send, 200, "serving" if self.feast else "waiting for a registry; run 'make features'")
+            detail = "serving" if self.feast else "waiting for a registry; run 'make features'"
+            await answer(send, 200 if self.ready else 503, detail)
         elif not any(hmac.compare_digest(given(scope), expected) for expected in self.expected):
             await answer(send, 401, UNAUTHORISED)
         elif self.feast is None:
@@ -89,6 +94,11 @@ def open_store():
     bucket, key = path.removeprefix("s3://").split("/", 1)
     boto3.client("s3").head_object(Bucket=bucket, Key=key)
     return FeatureStore(fs_yaml_file=FOLDER / "feature_store.yaml")
+
+
+def is_missing(error):
+    """Say whether an error is the object store's answer that there is no registry, or no bucket for it, yet."""
+    return getattr(error, "response", {}).get("Error", {}).get("Code") in ("404", "NoSuchBucket", "NoSuchKey")
 
 
 if __name__ == "__main__":

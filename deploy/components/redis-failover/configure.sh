@@ -5,12 +5,16 @@ set -eu
 umask 077
 me=${POD_NAME:?}
 
+# More than once, since a pod's network may need a moment, and a second primary would be worse than a late one.
 primary=
-for peer in redis-0 redis-1 redis-2; do
-  [ "$peer" = "$me" ] && continue
-  primary=$(REDISCLI_AUTH=$SENTINEL_PASSWORD timeout 3 redis-cli -h "$peer" -p 26379 \
-    sentinel get-master-addr-by-name online-store 2>/dev/null | sed -n 1p) || true
-  case $primary in redis-[0-2]) break ;; *) primary= ;; esac
+for _ in 1 2 3; do
+  for peer in redis-0 redis-1 redis-2; do
+    [ "$peer" = "$me" ] && continue
+    primary=$(REDISCLI_AUTH=$SENTINEL_PASSWORD timeout 3 redis-cli -h "$peer" -p 26379 \
+      sentinel get-master-addr-by-name online-store 2>/dev/null | sed -n 1p) || true
+    case $primary in redis-[0-2]) break 2 ;; *) primary= ;; esac
+  done
+  sleep 1
 done
 primary=${primary:-redis-0}
 echo "$me: the primary is $primary"
