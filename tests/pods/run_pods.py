@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from images import built_image, make_root, stand_ins
+from images import built_image, make_roots, stand_ins
 from manifests import Manifest, compose, of_kind, pod_spec, render, workloads
 from seccomp import DEFAULT_PROFILE
 
@@ -390,7 +390,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--overlay", default="production", help="which overlay's specs (default: production)")
     parser.add_argument("--component", action="append", default=[], help="a component to add; may be repeated")
-    parser.add_argument("--root", type=Path, help="where the root is, or is made and kept: saves half a minute")
+    parser.add_argument(
+        "--roots", type=Path, help="where Debian's roots are, or are made and kept: saves half a minute"
+    )
     parser.add_argument(
         "--image", action="store_true", help="build the notebooks' image (buildah) and run the Job in it"
     )
@@ -412,10 +414,10 @@ def main() -> int:
     begun = time.monotonic()
     try:
         leave_the_machines_mounts(folder / "images")
-        root = options.root or folder / "images" / "root"
-        if not root.exists():
-            make_root(root)
-        images = stand_ins(root)
+        roots = options.roots or folder / "images"
+        if not (roots / "servers").exists():
+            make_roots(roots)
+        images = stand_ins(roots)
         if options.image:
             images["mlplatform"] = built_image(folder / "images" / "notebooks")
         leave_the_machines_network()
