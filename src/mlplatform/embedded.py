@@ -82,7 +82,7 @@ SERVICES = (
     Service("feature-server", "MLPLATFORM_FEATURE_SERVER_PORT", 6566, on_demand=True),
     Service("feast-ui", "MLPLATFORM_FEAST_UI_PORT", 6567, on_demand=True),
 )
-FOLDERS = ("logs", "object-store", "online-store", "mlflow")
+FOLDERS = ("logs", "object-store", "online-store", "mlflow", "tmp")
 FILES = ("s3.json", "valkey.conf", "basic_auth.ini", "supervisord.conf", "supervisord.pid", "s3.sock", "filer.sock")
 CONTENTS = (*FOLDERS, *FILES, SETTINGS_FILE)
 # Ports that only the services themselves use: any free one will do.
@@ -244,6 +244,8 @@ class Embedded:
         environment |= {name: previous.get(name) or secrets.token_urlsafe(24) for name in SECRETS}
         environment |= _addresses(environment)
         try:
+            # What servers that ended left there.
+            shutil.rmtree(self.state / "tmp", ignore_errors=True)
             for folder in FOLDERS:
                 (self.state / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
             self.state.chmod(0o700)
@@ -275,6 +277,7 @@ class Embedded:
                 OWNER_VARIABLE: str(self.state),
                 STATE_VARIABLE: str(self.state),
                 "PYTHONUNBUFFERED": "1",
+                "TMPDIR": str(self.state / "tmp"),
                 # SeaweedFS, a Go program, then returns what it no longer uses. With 200 MiB it collects garbage without
                 # end: a tenth of a core while nothing is asked of it.
                 "GOMEMLIMIT": "400MiB",
@@ -363,7 +366,7 @@ class Embedded:
 
 
 # What a service may need of the user's environment; the rest, such as another platform's credentials, stays out.
-_INHERITED = {"HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "TZ", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}
+_INHERITED = {"HOME", "LANG", "LC_ALL", "PATH", "TZ", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}
 
 
 def make_buckets(settings: Settings) -> None:

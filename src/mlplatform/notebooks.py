@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlplatform.errors import NotebookError
@@ -176,7 +178,7 @@ def run_all(
 
     done: dict[str, Execution] = {}
     running: dict[Future[Execution], str] = {}
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with _temporary_folder(), ThreadPoolExecutor(AT_ONCE) as pool:
         while order.is_active():
             for name in order.get_ready():
                 if any(done[need].error or done[need].skipped for need in needs(paths[name]) & paths.keys()):
@@ -189,6 +191,20 @@ def run_all(
                 done[running.pop(future)] = future.result()
                 order.done(future.result().name)
     return [done[name] for name in sorted(done)]
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[None]:
+    """Give kernels a temporary folder that ends with the block: MLflow leaves in it what it downloads."""
+    before = os.environ.get("TMPDIR")
+    with TemporaryDirectory(prefix="mlplatform-") as folder:
+        os.environ["TMPDIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["TMPDIR"]
+            if before is not None:
+                os.environ["TMPDIR"] = before
 
 
 def execute(notebook: Path, output: Path, parameters: Mapping[str, object], notify: Callable[[str], None]) -> Execution:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -82,6 +84,16 @@ def test_notebooks_side_by_side_each_run_in_their_own_folder(write: Write, tmp_p
     )
     assert [read_results(entry.executed)["folder"] for entry in executions] == [str(tmp_path.resolve())] * 2
     assert len(seen) == 1
+
+
+def test_what_a_notebook_leaves_in_the_temporary_folder_ends_with_the_run(write: Write, tmp_path: Path) -> None:
+    left = "import tempfile\nfrom mlplatform.notebooks import record\nrecord(left=tempfile.mkdtemp())"
+    before = os.environ.get("TMPDIR")
+    (execution,) = run_all([write("01_leave", [left])], tmp_path / "out")
+    folder = Path(read_results(execution.executed)["left"])
+    assert folder.parent != Path(tempfile.gettempdir())
+    assert not folder.exists()
+    assert os.environ.get("TMPDIR") == before
 
 
 def test_an_unknown_parameter_is_refused_before_anything_runs(write: Write, tmp_path: Path) -> None:
