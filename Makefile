@@ -53,7 +53,7 @@ data: $(READY) ## Derive data/income_data.csv again from its source and check bo
 	@$(CLI) data
 
 features: $(READY) ## Register the features and materialise them to the online store
-	@$(CLI) features
+	@$(CLI) features --platform $(PLATFORM) $(CLUSTER)
 
 ##@ On a cluster (OVERLAY=local, CONTEXT=the current one, YES=1 to go on in production)
 .PHONY: k8s-secrets k8s-up k8s-forward k8s-status k8s-down k8s-digests

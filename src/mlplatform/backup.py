@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sqlite3
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,41 +16,45 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from mlplatform.errors import MissingObjectError, PlatformError
+from mlplatform.errors import DataError, MissingObjectError, PlatformError
 from mlplatform.objectstore import client, translated
 from mlplatform.settings import BUCKETS, find_settings
 
 
 def save(store: Any, folder: Path, *, databases: Iterable[Path] = ()) -> int:
-    """Copy databases, then every object, into a folder.
+    """Copy databases, then every object, into a folder, which is there only once the copy is whole.
 
     Args:
         store: A boto3 S3 client.
-        folder: Where to; made if need be.
+        folder: Where to; it must not be there yet, or be empty.
         databases: SQLite files, which may be in use.
 
     Returns:
         How many objects the copy holds.
 
     Raises:
+        DataError: The folder holds something.
         MissingObjectError: A database or a bucket is not there.
         ServiceDownError: The object store does not answer.
     """
-    (folder / "databases").mkdir(parents=True, exist_ok=True)
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} holds something already; name a new folder for each copy")
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "databases").mkdir(parents=True)
     for database in databases:
         if not database.is_file():
             raise MissingObjectError(f"no database at {database}; name the platform's, .platform/mlflow/mlflow.db")
-        copy_sqlite(database, folder / "databases" / database.name)
+        copy_sqlite(database, part / "databases" / database.name)
     count = 0
     for bucket in BUCKETS:
         for key in _keys(store, bucket):
-            path = _below(folder / "buckets" / bucket, key)
+            path = _below(part / "buckets" / bucket, key)
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.part")
             with translated(f"s3://{bucket}/{key}"):
-                store.download_file(bucket, key, str(part))
-            part.replace(path)
+                store.download_file(bucket, key, str(path))
             count += 1
+    part.replace(folder)
     return count
 
 

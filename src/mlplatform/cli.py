@@ -52,9 +52,15 @@ def _parser() -> argparse.ArgumentParser:
     options = commands.choices["run"].add_argument
     options("notebooks", nargs="*", metavar="NOTEBOOK", help="names such as 02; those they need run too; default: all")
     options("-p", dest="parameters", action="append", default=[], metavar="NOTEBOOK:NAME=VALUE", help="set a parameter")
-    options("--platform", choices=("embedded", "k8s", "env"), default="embedded", help="env: as the variables say")
     options("--output", type=Path, help="folder for executed copies and pages; default: build/notebooks")
-    cluster_cli.add_options(commands.choices["run"])
+    for name in ("run", "features"):
+        commands.choices[name].add_argument(
+            "--platform",
+            choices=("embedded", "k8s", "env"),
+            default="embedded",
+            help="env: as the variables say",
+        )
+        cluster_cli.add_options(commands.choices[name])
     cluster_cli.add_commands(commands)
     return parser
 
@@ -144,13 +150,14 @@ def ui(_: argparse.Namespace) -> None:
     _embedded().up(also=["feast-ui"], notify=_say)
 
 
-def features(_: argparse.Namespace) -> None:
+def features(options: argparse.Namespace) -> None:
     """Register the features and materialise them to the online store."""
-    os.environ.update(_embedded().up(notify=_say).to_env())
-    hasten_feast()
-    from mlplatform.features import build
+    with _platform(options, ()) as settings:
+        os.environ.update(settings.to_env())
+        hasten_feast()
+        from mlplatform.features import build
 
-    build(notify=_say)
+        build(notify=_say)
 
 
 def data(_: argparse.Namespace) -> None:
@@ -176,7 +183,7 @@ def run(options: argparse.Namespace) -> int:
         os.environ.update(settings.to_env())
         hasten_feast()
         executions = notebooks.run_all(chosen, output, parameters=parameters, notify=_say)
-        _summarise(executions, settings, output)
+        _summarise(executions, settings, output, options.platform)
     return int(any(execution.error or execution.skipped for execution in executions))
 
 
@@ -213,7 +220,7 @@ def _parameters(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[st
     return parameters
 
 
-def _summarise(executions: Sequence[Execution], settings: Settings, output: Path) -> None:
+def _summarise(executions: Sequence[Execution], settings: Settings, output: Path, platform: str) -> None:
     from mlflow import MlflowClient
     from rich.table import Table
 
@@ -231,8 +238,12 @@ def _summarise(executions: Sequence[Execution], settings: Settings, output: Path
         run = MlflowClient().get_run(champion.run_id)
         scores = ", ".join(f"{name} {value:.4f}" for name, value in sorted(run.data.metrics.items()) if name in SCORES)
         console.print(f"Champion    {MODEL_NAME} version {champion.version} ({run.info.run_name}): {scores}")
-    console.print(f"MLflow      {settings.tracking_uri}  (user {settings.tracking_username}; password: make env)")
-    console.print(f"S3          {settings.s3_endpoint}  (keys: make env)")
+    if platform == "k8s":
+        console.print("MLflow, S3  make k8s-forward  (their addresses and credentials, until Ctrl-C)")
+    else:
+        source = ": make env" if platform == "embedded" else " as in the environment"
+        console.print(f"MLflow      {settings.tracking_uri}  (user {settings.tracking_username}; password{source})")
+        console.print(f"S3          {settings.s3_endpoint}  (keys{source})")
     console.print(f"Notebooks   {output}  (*.html, with outputs and plots)")
 
 

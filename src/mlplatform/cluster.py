@@ -7,21 +7,22 @@ confirmation.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mlplatform.cluster_secrets import FOLDER, read_env, wanted_files, write_secrets
+from mlplatform.cluster_secrets import FOLDER, VALUES, read_env, read_kustomization, wanted_files, write_secrets
 from mlplatform.embedded import free_port, is_free
 from mlplatform.errors import ClusterError, PlatformError, PortTakenError
 from mlplatform.settings import Settings
@@ -29,22 +30,28 @@ from mlplatform.settings import Settings
 Notify = Callable[[str], None]
 Confirm = Callable[[str], bool]
 Manifest = dict[str, Any]
-NAMESPACE = "mlplatform"
-PART_OF = f"app.kubernetes.io/part-of={NAMESPACE}"
+# Finds the running pods behind a service: name, port, and whether it is ready.
+Target = Callable[[], list[tuple[str, int, bool]]]
+PART_OF = "app.kubernetes.io/part-of=mlplatform"
 FIELD_MANAGER = "mlplatform"
 VALIDATION = "--validate=strict"
 TIMEOUT_S = 900.0
-# How long a reason that seldom passes by itself is given before we stop waiting.
+# How long a reason that seldom passes by itself is given before we stop waiting, and how many times that.
 PATIENCE_S = 60.0
 HOPELESS = {
-    "CrashLoopBackOff",
-    "CreateContainerConfigError",
-    "CreateContainerError",
-    "ErrImageNeverPull",
-    "ErrImagePull",
-    "ImagePullBackOff",
-    "InvalidImageName",
+    "CrashLoopBackOff": 1,
+    "CreateContainerConfigError": 1,
+    "CreateContainerError": 1,
+    "ErrImageNeverPull": 1,
+    "ErrImagePull": 1,
+    "FailedCreate": 1,
+    "ImagePullBackOff": 1,
+    "InvalidImageName": 1,
+    # A node or a volume may be on its way.
+    "Unschedulable": 5,
 }
+# Connecting, and an answer; without them a network that swallows packets holds a request for a quarter of an hour.
+REQUEST_TIMEOUT_S = (5, 30)
 # Port of each service that a client on this machine uses, and the variable that sets its local port.
 SERVICES = {
     "minio-service": (9000, "MLPLATFORM_S3_PORT"),
@@ -68,6 +75,7 @@ class Workload:
         done: Whether the current specification is what runs, and all of it.
         reason: Why not, in a word or two; empty when there is none.
         restarts: How often containers of its pods were restarted.
+        failed: Whether it will never be done.
     """
 
     kind: str
@@ -77,6 +85,17 @@ class Workload:
     done: bool
     reason: str = ""
     restarts: int = 0
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """A context of the kubeconfig: its name, its cluster's and its user's names, and the cluster's address."""
+
+    name: str
+    cluster: str
+    user: str
+    server: str
 
 
 class Cluster:
@@ -90,8 +109,8 @@ class Cluster:
         notify: Called with a line for each step worth showing.
 
     Raises:
-        ClusterError: There is no kubeconfig, no such context, it looks like production and was not confirmed, or the
-            cluster does not answer.
+        ClusterError: There is no such overlay, no kubeconfig or no such context in it, it looks like production and
+            was not confirmed, or the cluster does not answer.
     """
 
     def __init__(
@@ -107,23 +126,26 @@ class Cluster:
         self._yes = yes
         self._confirm = confirm
         self._notify = notify
-        self.context, server = find_context(context)
-        notify(f"context {self.context} ({server}), namespace {NAMESPACE}")
-        if looks_like_production(self.context, server) and not self._agrees(
-            f"{self.context} looks like production. Go on?"
+        self.namespace = _namespace(overlay)
+        found = find_context(context)
+        self.context = found.name
+        notify(f"context {found.name} (cluster {found.cluster}, {found.server}), namespace {self.namespace}")
+        if looks_like_production(found.name, found.cluster, found.user, found.server) and not self._agrees(
+            f"{found.name} looks like production. Go on?"
         ):
             raise ClusterError(
-                f"the context {self.context} looks like production; name another with --context, or add --yes"
+                f"the context {found.name} looks like production; name another with --context, or add --yes"
             )
-        self._client = _client(self.context, server)
+        self._client = _client(found)
 
     def up(self, *, timeout_s: float = TIMEOUT_S, patience_s: float = PATIENCE_S) -> None:
         """Make secrets that are missing, apply the overlay, wait until everything runs.
 
         Raises:
-            ClusterError: It can't be rendered or applied, or a workload does not come up; the message names pod and
-                reason, after its last events and log lines were shown.
+            ClusterError: It can't be rendered or applied, the cluster's secrets are not here, or a workload does not
+                come up; the message names pod and reason, after its last events and log lines were shown.
         """
+        self._check_secrets()
         write_secrets(self.overlay, notify=self._notify)
         manifests = render(self.overlay)
         self._delete_jobs(manifests)
@@ -141,11 +163,19 @@ class Cluster:
             ClusterError: One does not.
         """
         deadline = time.monotonic() + timeout_s
-        hopeless_since: dict[str, float] = {}
         finished: set[tuple[str, str]] = set()
         shown: dict[str, str] = {}
+        troubles: dict[str, tuple[float, float]] = {}
         while True:
-            found = {(workload.kind, workload.name): workload for workload in self.workloads()}
+            now = time.monotonic()
+            try:
+                found = {(workload.kind, workload.name): workload for workload in self.workloads()}
+            except _AwayError as error:
+                if now > deadline:
+                    raise
+                self._notify(str(error))
+                time.sleep(1)
+                continue
             # The cluster deletes a Job some time after its end, which may come before the others are up.
             finished |= {name for name, workload in found.items() if name[0] == "Job" and workload.done}
             unfinished = [name for name in names if name not in finished]
@@ -158,12 +188,9 @@ class Cluster:
                     self._notify(line)
             if not waiting:
                 return
-            now = time.monotonic()
-            stuck = [workload for workload in waiting if workload.reason.split(":")[0] in HOPELESS]
-            hopeless_since = {w.name: hopeless_since.get(w.name, now) for w in stuck}
-            overdue = [w for w in stuck if now - hopeless_since[w.name] >= patience_s]
+            overdue = [workload for workload in waiting if _is_overdue(workload, troubles, now, patience_s)]
             if overdue or now > deadline:
-                self._give_up((overdue or waiting)[0])
+                self._give_up(overdue or waiting)
             time.sleep(1)
 
     def workloads(self) -> list[Workload]:
@@ -174,13 +201,27 @@ class Cluster:
         """
         apps, batch, core = (_api(self._client, kind) for kind in ("AppsV1Api", "BatchV1Api", "CoreV1Api"))
         with _translated(self.context):
-            pods = core.list_namespaced_pod(NAMESPACE, label_selector=PART_OF).items
+            pods = core.list_namespaced_pod(self.namespace, label_selector=PART_OF).items
+            replica_sets = apps.list_namespaced_replica_set(self.namespace, label_selector=PART_OF).items
             sets = [
-                ("Deployment", apps.list_namespaced_deployment(NAMESPACE, label_selector=PART_OF).items),
-                ("StatefulSet", apps.list_namespaced_stateful_set(NAMESPACE, label_selector=PART_OF).items),
-                ("Job", batch.list_namespaced_job(NAMESPACE, label_selector=PART_OF).items),
+                ("Deployment", apps.list_namespaced_deployment(self.namespace, label_selector=PART_OF).items),
+                ("StatefulSet", apps.list_namespaced_stateful_set(self.namespace, label_selector=PART_OF).items),
+                ("Job", batch.list_namespaced_job(self.namespace, label_selector=PART_OF).items),
             ]
-        return [workload_of(kind, item, pods) for kind, items in sets for item in items]
+        found = [workload_of(kind, item, pods, replica_sets) for kind, items in sets for item in items]
+        return [entry if entry.done or entry.reason else self._explained(entry) for entry in found]
+
+    def _explained(self, workload: Workload) -> Workload:
+        """Add why no pod of a workload was made, which only its events tell: a quota, or an admission that refuses."""
+        events = self._events(workload.name, "FailedCreate")
+        return replace(workload, reason=f"FailedCreate: {events[-1].message}"[:300]) if events else workload
+
+    def _events(self, name: str, reason: str = "") -> list[Any]:
+        selector = f"involvedObject.name={name}" + (f",reason={reason}" if reason else "")
+        with _translated(self.context):
+            core = _api(self._client, "CoreV1Api")
+            events = core.list_namespaced_event(self.namespace, field_selector=selector).items
+        return sorted(events, key=lambda event: str(event.last_timestamp or event.event_time or ""))
 
     def down(self, *, delete_data: bool | None = None) -> None:
         """Remove the platform; keep its volumes and namespace unless their deletion is confirmed.
@@ -191,16 +232,20 @@ class Cluster:
         Raises:
             ClusterError: The cluster does not answer, or refuses.
         """
-        for line in self._kubectl("delete", _KINDS, "-n", NAMESPACE, "-l", PART_OF, "--ignore-not-found", "--wait"):
+        for line in self._kubectl(
+            "delete", _KINDS, "-n", self.namespace, "-l", PART_OF, "--ignore-not-found", "--wait"
+        ):
             self._notify(line)
         if delete_data is None:
             # `--yes` answers for the context, not for the data.
-            delete_data = self._confirm(f"Delete every volume of {NAMESPACE} on {self.context}, with all data in them?")
+            delete_data = self._confirm(
+                f"Delete every volume of {self.namespace} on {self.context}, with all data in them?"
+            )
         if delete_data:
-            for line in self._kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait"):
+            for line in self._kubectl("delete", "namespace", self.namespace, "--ignore-not-found", "--wait"):
                 self._notify(line)
         else:
-            self._notify(f"kept the namespace {NAMESPACE} and its volumes; 'make k8s-up' finds them again")
+            self._notify(f"kept the namespace {self.namespace} and its volumes; 'make k8s-up' finds them again")
 
     @contextmanager
     def forwarded(self, environ: Mapping[str, str]) -> Iterator[Settings]:
@@ -236,59 +281,81 @@ class Cluster:
 
     def _services(self) -> list[str]:
         with _translated(self.context):
-            found = _api(self._client, "CoreV1Api").list_namespaced_service(NAMESPACE, label_selector=PART_OF).items
+            core = _api(self._client, "CoreV1Api")
+            found = core.list_namespaced_service(self.namespace, label_selector=PART_OF).items
         names = [name for name in SERVICES if name in {service.metadata.name for service in found}]
         if not {"minio-service", "redis", "mlflow"} <= set(names):
-            raise ClusterError(f"the platform is not in the namespace {NAMESPACE} of {self.context}; run 'make k8s-up'")
+            raise ClusterError(
+                f"the platform is not in the namespace {self.namespace} of {self.context}; run 'make k8s-up'"
+            )
         return names
 
-    def _target(self, service: str, port: int) -> Callable[[], list[tuple[str, int]]]:
-        """Make a function that finds the ready pods behind a service, each with its port."""
+    def _target(self, service: str, port: int) -> Target:
+        """Make a function that finds the running pods behind a service."""
 
-        def find() -> list[tuple[str, int]]:
+        def find() -> list[tuple[str, int, bool]]:
             core = _api(self._client, "CoreV1Api")
             with _translated(self.context):
-                spec = core.read_namespaced_service(service, NAMESPACE).spec
+                spec = core.read_namespaced_service(service, self.namespace).spec
                 selector = ",".join(f"{key}={value}" for key, value in spec.selector.items())
-                pods = core.list_namespaced_pod(NAMESPACE, label_selector=selector).items
+                pods = core.list_namespaced_pod(self.namespace, label_selector=selector).items
             target = next(entry.target_port for entry in spec.ports if entry.port == port)
-            ready = [pod for pod in pods if _is_ready(pod)]
-            numbers = [target if isinstance(target, int) else _named_port(pod, target) for pod in ready]
-            return sorted((str(pod.metadata.name), number) for pod, number in zip(ready, numbers, strict=True))
+            running = [pod for pod in pods if pod.status.phase == "Running" and not pod.metadata.deletion_timestamp]
+            numbers = [target if isinstance(target, int) else _named_port(pod, target) for pod in running]
+            return sorted(
+                (str(pod.metadata.name), number, _is_ready(pod)) for pod, number in zip(running, numbers, strict=True)
+            )
 
         return find
 
     def _forward_command(self, pod: str, local: int, remote: int) -> list[str]:
         return [
-            *_kubectl_command(self.context), "port-forward", "--namespace", NAMESPACE, "--address", "127.0.0.1",
+            *_kubectl_command(self.context), "port-forward", "--namespace", self.namespace, "--address", "127.0.0.1",
             f"pod/{pod}", f"{local}:{remote}",
         ]  # fmt: skip
+
+    def _check_secrets(self) -> None:
+        """Refuse to make secrets for a platform that has some: new ones would lock everybody out of its data."""
+        values = self.overlay / FOLDER / VALUES
+        if values.exists():
+            return
+        with _translated(self.context):
+            core = _api(self._client, "CoreV1Api")
+            claims = core.list_namespaced_persistent_volume_claim(self.namespace).items
+        if claims:
+            raise ClusterError(
+                f"{self.context} holds data of this platform, and the secrets that it was made with are not here; put "
+                f"{values} back, from where your team keeps it, or delete the data: make k8s-down DATA=delete"
+            )
 
     def _delete_jobs(self, manifests: list[Manifest]) -> None:
         """Delete Jobs of an earlier run and their pods: a Job's template can't be changed, and it is to run again."""
         names = [name for kind, name in _workload_names(manifests) if kind == "Job"]
         if names:
-            self._kubectl("delete", "job", *names, "-n", NAMESPACE, "--ignore-not-found", "--cascade=foreground")
+            self._kubectl("delete", "job", *names, "-n", self.namespace, "--ignore-not-found", "--cascade=foreground")
 
-    def _give_up(self, workload: Workload) -> None:
-        """Show what is known of a workload that does not come up, and raise."""
+    def _give_up(self, workloads: list[Workload]) -> None:
+        """Show what is known of workloads that do not come up, and raise."""
         core = _api(self._client, "CoreV1Api")
         with _translated(self.context):
-            pods = [pod for pod in core.list_namespaced_pod(NAMESPACE).items if _belongs(pod, workload)]
-            pod = next((pod for pod in pods if not _is_ready(pod)), None)
-            name = pod.metadata.name if pod else workload.name
-            selector = f"involvedObject.name={name}"
-            events = core.list_namespaced_event(NAMESPACE, field_selector=selector).items
-        for event in events[-5:]:
-            self._notify(f"  event {event.reason}: {event.message}")
-        if pod:
-            for line in self._log_tail(core, pod):
+            pods = core.list_namespaced_pod(self.namespace, label_selector=PART_OF).items
+        # One that only waits for another has no reason of its own.
+        first, *others = sorted(workloads, key=lambda workload: not workload.reason)
+        for workload in [first, *(other for other in others if other.reason)]:
+            pod = _pod_to_blame(pods, workload)
+            name = str(pod.metadata.name) if pod else workload.name
+            self._notify(f"{'pod' if pod else workload.kind} {name}:")
+            for event in self._events(name)[-5:]:
+                self._notify(f"  event {event.reason}: {event.message}")
+            for line in self._log_tail(core, pod) if pod else ():
                 self._notify(f"  log   {line}")
-        kind = "pod" if pod else workload.kind.lower()
-        reason = workload.reason or f"{workload.ready} of {workload.wanted} ready"
+        pod = _pod_to_blame(pods, first)
+        kind, name = ("pod", pod.metadata.name) if pod else (first.kind.lower(), first.name)
+        reason = first.reason or f"{first.ready} of {first.wanted} ready"
+        also = f" (nor do {', '.join(other.name for other in others)})" if others else ""
         raise ClusterError(
-            f"{kind} {name} does not come up: {reason}; see "
-            f"'kubectl --context {self.context} -n {NAMESPACE} describe {kind} {name}'"
+            f"{kind} {name} does not come up: {reason}{also}; see "
+            f"'kubectl --context {self.context} -n {self.namespace} describe {kind} {name}'"
         )
 
     def _log_tail(self, core: Any, pod: Any) -> list[str]:
@@ -298,7 +365,7 @@ class Cluster:
         for previous in (False, True):
             try:
                 text = core.read_namespaced_pod_log(
-                    pod.metadata.name, NAMESPACE, container=container, tail_lines=10, previous=previous
+                    pod.metadata.name, self.namespace, container=container, tail_lines=10, previous=previous
                 )
             except ApiException:
                 continue
@@ -329,7 +396,7 @@ class Forward:
     Args:
         name: What is forwarded, for messages.
         port: The local port.
-        target: Finds the pods that can be led to, each with its port.
+        target: Finds the running pods: name, port, and whether it is ready.
         command: Gives the command that forwards, from pod, local and remote port.
         notify: Called with a line when the forward moves.
     """
@@ -338,7 +405,7 @@ class Forward:
         self,
         name: str,
         port: int,
-        target: Callable[[], list[tuple[str, int]]],
+        target: Target,
         command: Callable[[str, int, int], list[str]],
         notify: Notify = lambda _: None,
     ) -> None:
@@ -383,7 +450,7 @@ class Forward:
         previous: str | None = None
         while not self._stopping.is_set():
             try:
-                ready = self._target()
+                ready = [(pod, remote) for pod, remote, is_ready in self._target() if is_ready]
                 if not ready:
                     self._stopping.wait(0.5)
                     continue
@@ -419,7 +486,9 @@ class Forward:
             while not self._stopping.is_set() and not _has_ended(process, within_s=1.0):
                 # An API server that is away for a moment is no reason to drop a forward that works.
                 with suppress(ClusterError):
-                    if (pod, remote) not in self._target():
+                    # Nor is a pod that is not ready for a moment, unless another one is.
+                    states = {name: is_ready for name, _, is_ready in self._target()}
+                    if pod not in states or (not states[pod] and any(states.values())):
                         break
         finally:
             self._end()
@@ -480,34 +549,30 @@ def images(manifests: list[Manifest]) -> list[str]:
     return sorted(found)
 
 
-def find_context(name: str | None) -> tuple[str, str]:
-    """Find a context of the kubeconfig.
+def find_context(name: str | None) -> Context:
+    """Find a context of the kubeconfig, as kubectl reads it.
 
     Args:
         name: Its name; the current one by default.
 
-    Returns:
-        Its name and its cluster's address.
-
     Raises:
-        ClusterError: There is no kubeconfig, or no such context in it.
+        ClusterError: There is no kubeconfig, it can't be read, or there is no such context in it.
     """
-    config = _config()
-    try:
-        contexts, current = config.list_kube_config_contexts()
-    except (config.ConfigException, OSError) as error:
-        raise ClusterError(
-            f"no kubeconfig to find a cluster in ({error}); set KUBECONFIG, or make a cluster: kind create cluster"
-        ) from error
-    names = [str(context["name"]) for context in contexts]
-    wanted = name or (str(current["name"]) if current else None)
-    if wanted not in names:
-        raise ClusterError(f"no context {wanted!r} in the kubeconfig; there are: {', '.join(names) or 'none'}")
-    try:
-        client = config.new_client_from_config(context=wanted)
-    except config.ConfigException as error:
-        raise ClusterError(f"the context {wanted!r} can't be used: {error}") from error
-    return wanted, str(client.configuration.host)
+    command = [_kubectl_path(), "config", "view", "--output=json"]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    if outcome.returncode:
+        raise ClusterError(f"the kubeconfig can't be read: {' '.join(outcome.stderr.split())}; set KUBECONFIG")
+    config = json.loads(outcome.stdout)
+    contexts = {entry["name"]: entry["context"] for entry in config.get("contexts") or ()}
+    if not contexts:
+        raise ClusterError("no kubeconfig to find a cluster in; set KUBECONFIG, or make a cluster: kind create cluster")
+    wanted = name or config.get("current-context")
+    if wanted not in contexts:
+        missing = f"no context {wanted!r} in the kubeconfig" if wanted else "the kubeconfig has no current context"
+        raise ClusterError(f"{missing}; name one with CONTEXT=: {', '.join(contexts)}")
+    cluster, user = (str(contexts[wanted].get(key, "")) for key in ("cluster", "user"))
+    servers = {entry["name"]: entry["cluster"].get("server", "") for entry in config.get("clusters") or ()}
+    return Context(str(wanted), cluster, user, str(servers.get(cluster, "")))
 
 
 def looks_like_production(*names: str) -> bool:
@@ -526,23 +591,25 @@ def describe(workload: Workload) -> str:
     return ", ".join(parts)
 
 
-def workload_of(kind: str, item: Any, pods: list[Any]) -> Workload:
+def workload_of(kind: str, item: Any, pods: Sequence[Any], replica_sets: Sequence[Any] = ()) -> Workload:
     """Judge a workload as `kubectl rollout status` does, and say what holds it up.
 
     Args:
         kind: `Deployment`, `StatefulSet` or `Job`.
         item: The object.
         pods: The namespace's pods.
+        replica_sets: The namespace's ReplicaSets, which tell a Deployment's pods of today from earlier ones.
     """
     status, name = item.status, item.metadata.name
-    own = [pod for pod in pods if _belongs(pod, Workload(kind, name, 0, 0, False))]
-    statuses = [entry for pod in own for entry in _container_statuses(pod)]
-    restarts = sum(entry.restart_count for entry in statuses)
+    own = _current(kind, item, [pod for pod in pods if _belongs(pod, name)], replica_sets)
+    restarts = sum(entry.restart_count for pod in own for entry in _container_statuses(pod))
+    conditions = {condition.type: condition for condition in status.conditions or ()}
     if kind == "Job":
         wanted, ready = item.spec.completions or 1, status.succeeded or 0
-        failed = next((c for c in status.conditions or () if c.type == "Failed" and c.status == "True"), None)
-        reason = f"CrashLoopBackOff: {failed.reason}" if failed else _reason(own)
-        return Workload(kind, name, ready, wanted, ready >= wanted, reason, restarts)
+        failed = conditions.get("Failed")
+        if failed and failed.status == "True":
+            return Workload(kind, name, ready, wanted, False, f"{failed.reason}: {failed.message}", restarts, True)
+        return Workload(kind, name, ready, wanted, ready >= wanted, _reason(own), restarts)
     wanted, ready = item.spec.replicas, status.ready_replicas or 0
     seen = (status.observed_generation or 0) >= item.metadata.generation
     updated = (status.updated_replicas or 0) >= wanted
@@ -550,7 +617,15 @@ def workload_of(kind: str, item: Any, pods: list[Any]) -> Workload:
         current = (status.replicas or 0) <= (status.updated_replicas or 0)
     else:
         current = not status.update_revision or status.current_revision == status.update_revision
-    return Workload(kind, name, ready, wanted, seen and updated and current and ready >= wanted, _reason(own), restarts)
+    reason = _reason(own)
+    refused, progress = conditions.get("ReplicaFailure"), conditions.get("Progressing")
+    if refused and refused.status == "True":
+        reason = reason or f"{refused.reason}: {refused.message}"[:300]
+    late = bool(seen and progress and progress.status == "False")
+    if progress and late:
+        reason = reason or f"{progress.reason}: {progress.message}"[:300]
+    done = seen and updated and current and ready >= wanted
+    return Workload(kind, name, ready, wanted, done, reason, restarts, late and not done)
 
 
 def forwarded_settings(secrets: Mapping[str, str], ports: Mapping[str, int]) -> Settings:
@@ -582,24 +657,48 @@ def _translated(context: str) -> Iterator[None]:
     try:
         yield
     except ApiException as error:
+        said = _message(error)
         if error.status in {401, 403}:
-            raise ClusterError(
-                f"the cluster of context {context} refuses: {error.reason}; check the context's user"
-            ) from error
-        raise ClusterError(f"the cluster of context {context} answers {error.status} {error.reason}") from error
+            raise ClusterError(f"the cluster of context {context} refuses: {said}; check the context's user") from error
+        kind = _AwayError if error.status == 429 or error.status >= 500 else ClusterError
+        raise kind(f"the cluster of context {context} answers {error.status}: {said}") from error
     except (HTTPError, OSError) as error:
-        raise ClusterError(
+        raise _AwayError(
             f"the cluster of context {context} does not answer; start it, or name another with --context"
         ) from error
 
 
-def _client(context: str, server: str) -> Any:
+class _AwayError(ClusterError):
+    """The cluster does not answer now, and may do so in a moment."""
+
+
+def _message(error: Any) -> str:
+    """Give the server's own words, which say what was refused."""
+    try:
+        return str(json.loads(error.body)["message"])
+    except (ValueError, KeyError, TypeError):
+        return str(error.reason)
+
+
+def _client(context: Context) -> Any:
     """Connect to a cluster and make sure that it answers."""
-    api = _config().new_client_from_config(context=context)
+    import kubernetes.config
+
+    config: Any = kubernetes.config
+    try:
+        api = config.new_client_from_config(context=context.name)
+    except config.ConfigException as error:
+        raise ClusterError(f"the context {context.name!r} can't be used: {error}") from error
     api.configuration.retries = 1
     api.rest_client = type(api.rest_client)(api.configuration)
-    with _translated(f"{context} ({server})"):
-        _api(api, "VersionApi").get_code(_request_timeout=5)
+    request = api.rest_client.request
+
+    def bounded(*arguments: Any, _request_timeout: Any = None, **options: Any) -> Any:
+        return request(*arguments, _request_timeout=_request_timeout or REQUEST_TIMEOUT_S, **options)
+
+    api.rest_client.request = bounded
+    with _translated(f"{context.name} ({context.server})"):
+        _api(api, "VersionApi").get_code()
     return api
 
 
@@ -608,12 +707,6 @@ def _api(client: Any, kind: str) -> Any:
     import kubernetes.client
 
     return getattr(kubernetes.client, kind)(client)
-
-
-def _config() -> Any:
-    import kubernetes.config
-
-    return kubernetes.config
 
 
 def _kubectl_path() -> str:
@@ -652,9 +745,62 @@ def _local_port(service: str, port: int, wanted: str | None, variable: str) -> i
     return int(wanted)
 
 
-def _belongs(pod: Any, workload: Workload) -> bool:
+def _namespace(overlay: Path) -> str:
+    namespace = read_kustomization(overlay).get("namespace")
+    if not namespace:
+        raise ClusterError(
+            f"{overlay / 'kustomization.yaml'} names no namespace; add one, such as namespace: mlplatform"
+        )
+    return str(namespace)
+
+
+def _is_overdue(workload: Workload, troubles: dict[str, tuple[float, float]], now: float, patience_s: float) -> bool:
+    """Say whether waiting for a workload is in vain.
+
+    A container that crashes now and then is well in between, so a trouble counts from when it was first seen until
+    it was away for as long as our patience lasts.
+    """
+    since, last = troubles.get(workload.name, (now, now))
+    word = workload.reason.split(":")[0]
+    if word not in HOPELESS:
+        if now - last > patience_s:
+            troubles.pop(workload.name, None)
+        return workload.failed
+    troubles[workload.name] = (since, now)
+    return now - since >= patience_s * HOPELESS[word]
+
+
+def _belongs(pod: Any, name: str) -> bool:
     """Say whether a pod is a workload's: our workloads give their pods their own name as label."""
-    return bool((pod.metadata.labels or {}).get("app.kubernetes.io/name") == workload.name)
+    return bool((pod.metadata.labels or {}).get("app.kubernetes.io/name") == name)
+
+
+def _current(kind: str, item: Any, pods: list[Any], replica_sets: Sequence[Any]) -> list[Any]:
+    """Keep the pods of a workload's present template: an earlier one's may be broken, and are on their way out."""
+    revision = "deployment.kubernetes.io/revision"
+    if kind == "Deployment":
+        wanted = (item.metadata.annotations or {}).get(revision)
+        label, hashes = "pod-template-hash", {
+            entry.metadata.labels["pod-template-hash"]
+            for entry in replica_sets
+            if _belongs(entry, item.metadata.name) and (entry.metadata.annotations or {}).get(revision) == wanted
+        }  # fmt: skip
+    else:
+        update = item.status.update_revision if kind == "StatefulSet" else None
+        label, hashes = "controller-revision-hash", {update} if update else set()
+    pods = [pod for pod in pods if not pod.metadata.deletion_timestamp]
+    return [pod for pod in pods if not hashes or pod.metadata.labels.get(label) in hashes]
+
+
+def _pod_to_blame(pods: Sequence[Any], workload: Workload) -> Any:
+    """Find the pod that holds a workload up, the newest that has the reason, or else any that is not ready."""
+    own = [
+        pod
+        for pod in pods
+        if _belongs(pod, workload.name) and not pod.metadata.deletion_timestamp and pod.status.phase != "Succeeded"
+    ]
+    unready = sorted((pod for pod in own if not _is_ready(pod)), key=lambda pod: str(pod.metadata.creation_timestamp))
+    return max(unready, key=lambda pod: _reason([pod]) == workload.reason, default=None)
 
 
 def _container_statuses(pod: Any) -> list[Any]:
@@ -667,15 +813,19 @@ def _is_ready(pod: Any) -> bool:
     return any(entry.type == "Ready" and entry.status == "True" for entry in pod.status.conditions or ())
 
 
-def _reason(pods: list[Any]) -> str:
+def _reason(pods: Sequence[Any]) -> str:
     """Say why pods are not ready, preferring what does not pass by itself."""
     reasons = []
     for pod in pods:
         for entry in _container_statuses(pod):
             waiting = entry.state.waiting if entry.state else None
+            ended = (entry.state and entry.state.terminated) or (entry.last_state and entry.last_state.terminated)
+            end = f"{ended.reason}, exit status {ended.exit_code}" if ended and ended.exit_code else ""
             if waiting and waiting.reason:
                 message = f": {waiting.message}" if waiting.message else ""
-                reasons.append(f"{waiting.reason}{message}"[:300])
+                reasons.append(f"{waiting.reason}{message}"[:300] + (f" (it ended before: {end})" if end else ""))
+            elif end and not entry.ready:
+                reasons.append(f"it ended before: {end}")
         for condition in pod.status.conditions or ():
             if condition.type == "PodScheduled" and condition.status == "False":
                 reasons.append(f"{condition.reason}: {condition.message}"[:300])

@@ -44,16 +44,25 @@ INNER = (
 _PREFIXES = {"MLFLOW_ADMIN_USERNAME": "admin-", "S3_ACCESS_KEY": "platform-", "S3_READER_ACCESS_KEY": "reader-"}
 
 
+def read_kustomization(overlay: Path) -> dict[str, Any]:
+    """Read what an overlay is made of.
+
+    Raises:
+        ClusterError: There is no such overlay.
+    """
+    try:
+        return dict(yaml.safe_load((overlay / "kustomization.yaml").read_text()))
+    except FileNotFoundError:
+        raise ClusterError(f"no overlay at {overlay}; name one that is there: OVERLAY=local") from None
+
+
 def wanted_files(overlay: Path) -> set[str]:
     """List the secret files that an overlay's kustomization reads.
 
     Raises:
         ClusterError: There is no such overlay.
     """
-    try:
-        kustomization = yaml.safe_load((overlay / "kustomization.yaml").read_text())
-    except FileNotFoundError:
-        raise ClusterError(f"no overlay at {overlay}; name one that is there: OVERLAY=local") from None
+    kustomization = read_kustomization(overlay)
     entries = [
         path for g in kustomization.get("secretGenerator", ()) for path in (*g.get("files", ()), *g.get("envs", ()))
     ]

@@ -35,13 +35,16 @@ STATE_FOLDER = ".platform"
 SETTINGS_FILE = "settings.json"
 
 # Nothing calls home or asks for a cloud machine's identity, which costs seconds on a closed network; and no
-# progress bar or remark of MLflow's stands between a cell and its result.
+# progress bar or remark of MLflow's stands between a cell and its result. Artifacts pass through MLflow's server: by
+# itself a client of 3.17 follows links to the object store, whose address in a cluster is known to pods only.
 QUIET = {
     "AWS_EC2_METADATA_DISABLED": "true",
     "DO_NOT_TRACK": "1",
     "FEAST_USAGE": "False",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 

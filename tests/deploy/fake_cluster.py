@@ -31,6 +31,7 @@ KINDS = (
     ("Pod", "pods", "v1", True),
     ("Event", "events", "v1", True),
     ("Deployment", "deployments", "apps/v1", True),
+    ("ReplicaSet", "replicasets", "apps/v1", True),
     ("StatefulSet", "statefulsets", "apps/v1", True),
     ("Job", "jobs", "batch/v1", True),
     ("NetworkPolicy", "networkpolicies", "networking.k8s.io/v1", True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import socketserver
@@ -172,7 +173,7 @@ def test_production_is_touched_only_after_a_confirmation(
 
 
 def test_an_unknown_context_is_named_with_those_there_are(fake: FakeCluster, overlay: Path) -> None:
-    with pytest.raises(ClusterError, match="no context 'kind-tets' in the kubeconfig; there are: kind-test"):
+    with pytest.raises(ClusterError, match="no context 'kind-tets' in the kubeconfig; name one with CONTEXT=: kind-test"):
         Cluster(overlay, context="kind-tets")
 
 
@@ -201,7 +202,7 @@ def test_up_applies_every_object_server_side_and_shows_each_rollout(fake: FakeCl
     applied = {name for _, name in fake.objects}
     assert applied == {manifest["metadata"]["name"] for manifest in render(overlay)}
     assert {kind for method, _, kind in fake.requests if method == "PATCH"} == {"application/apply-patch+yaml"}
-    assert lines[0].startswith("context kind-test (http://127.0.0.1:")
+    assert re.fullmatch(r"context kind-test \(cluster c, http://127.0.0.1:\d+\), namespace mlplatform", lines[0])
     assert "Deployment mlflow: 1/1 ready" in lines
     assert "Job buckets: done" in lines
 
@@ -366,7 +367,7 @@ def test_a_forward_that_drops_in_the_middle_of_a_run_comes_back_on_the_same_port
         started.append(remote)
         return _relay(pod, local, remote)
 
-    forward = Forward("mlflow", port, lambda: [("mlflow-0", 5000)], command)
+    forward = Forward("mlflow", port, lambda: [("mlflow-0", 5000, True)], command)
     try:
         forward.start()
         assert _ask(port) == "mlflow-0:5000"
@@ -380,7 +381,7 @@ def test_a_forward_that_drops_in_the_middle_of_a_run_comes_back_on_the_same_port
 
 def test_a_forward_follows_when_its_pod_is_replaced() -> None:
     port, pods, lines = free_port(), ["mlflow-a"], list[str]()
-    forward = Forward("mlflow", port, lambda: [(pod, 5000) for pod in pods], _relay, lines.append)
+    forward = Forward("mlflow", port, lambda: [(pod, 5000, True) for pod in pods], _relay, lines.append)
     try:
         forward.start()
         pods[:] = []
@@ -395,10 +396,10 @@ def test_a_forward_follows_when_its_pod_is_replaced() -> None:
 def test_a_forward_that_works_outlives_an_api_server_that_is_away() -> None:
     port, away = free_port(), threading.Event()
 
-    def target() -> list[tuple[str, int]]:
+    def target() -> list[tuple[str, int, bool]]:
         if away.is_set():
             raise ClusterError("the cluster does not answer")
-        return [("mlflow-0", 5000)]
+        return [("mlflow-0", 5000, True)]
 
     forward = Forward("mlflow", port, target, _relay)
     try:
@@ -417,7 +418,7 @@ def test_a_port_that_is_taken_while_forwarding_is_named(fake: FakeCluster, overl
     cluster.up()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = fake.backends["mlflow-0"] = server.getsockname()[1]
-        forward = Forward("mlflow", port, lambda: [("mlflow-0", 5000)], cluster._forward_command)
+        forward = Forward("mlflow", port, lambda: [("mlflow-0", 5000, True)], cluster._forward_command)
         try:
             with pytest.raises(PortTakenError, match=rf"port {port}, on which mlflow is.*MLPLATFORM_MLFLOW_PORT"):
                 forward.start()
@@ -445,7 +446,7 @@ def test_kubectl_carries_what_is_sent_and_a_lost_connection_is_made_anew(
 def test_what_kubectl_says_of_a_forward_that_never_opens_is_said(fake: FakeCluster, overlay: Path) -> None:
     cluster = Cluster(overlay)
     cluster.up()
-    forward = Forward("mlflow", free_port(), lambda: [("mlflow-0", 5000)], cluster._forward_command)
+    forward = Forward("mlflow", free_port(), lambda: [("mlflow-0", 5000, True)], cluster._forward_command)
     try:
         with pytest.raises(
             ClusterError, match=r"mlflow can't be forwarded within 2 s: error: .*; run 'make k8s-status'"
@@ -508,6 +509,6 @@ def test_kubectl_is_called_with_the_context_by_name(
 
     monkeypatch.setattr("mlplatform.cluster.subprocess.run", record)
     Cluster(overlay).up()
-    calls = [command for command in seen if "kustomize" not in command]
+    calls = [command for command in seen if not {"kustomize", "config"} & set(command)]
     assert calls
     assert all(command[1:3] == ["--context", "kind-test"] for command in calls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from fake_cluster import FakeCluster, serve, use
 from manifests import compose
 
 from mlplatform import cluster_cli
+from mlplatform.cli import main
+from mlplatform.cluster_secrets import read_env
 from mlplatform.errors import ClusterError
+from mlplatform.settings import QUIET, VARIABLES
 
 
 @pytest.fixture
@@ -64,3 +68,18 @@ def test_secrets_are_made_once_and_rotated_on_request(fake: FakeCluster, capsys:
 def test_an_overlay_that_does_not_exist_is_an_error(fake: FakeCluster) -> None:
     with pytest.raises(ClusterError, match="no overlay at"):
         _run("k8s-up", "--overlay", "stagign")
+
+
+def test_features_go_to_the_cluster_that_is_asked_for(
+    fake: FakeCluster, no_platform: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*VARIABLES.values(), *QUIET):
+        monkeypatch.setenv(name, "")
+    seen: list[str] = []
+    monkeypatch.setattr("mlplatform.features.build", lambda notify: seen.append(os.environ["MLFLOW_TRACKING_PASSWORD"]))
+    assert _run("k8s-up") == 0
+    fake.backends = dict.fromkeys(("mlflow-0", "minio-0", "redis-0", "feature-server-0"), 1)
+    assert main(["features", "--platform", "k8s"]) == 0
+    client = tmp_path / "deploy" / "overlays" / "local" / "secrets" / "client.env"
+    assert seen == [read_env(client)["MLFLOW_TRACKING_PASSWORD"]]
+    assert not no_platform.exists()

@@ -10,7 +10,7 @@ import pytest
 
 from mlplatform import backup
 from mlplatform.embedded import Embedded, free_port
-from mlplatform.errors import MissingObjectError
+from mlplatform.errors import DataError, MissingObjectError
 from mlplatform.objectstore import client
 from mlplatform.settings import DATASETS_BUCKET, Settings
 
@@ -61,11 +61,36 @@ def test_only_the_object_store_need_be_there(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     client().put_object(Bucket=DATASETS_BUCKET, Key="backup/two.csv", Body=b"a,b\n")
-    assert backup.main(["save", str(tmp_path)]) == 0
-    assert backup.main(["restore", str(tmp_path)]) == 0
+    copy = tmp_path / "copy"
+    assert backup.main(["save", str(copy)]) == 0
+    assert backup.main(["restore", str(copy)]) == 0
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    assert backup.main(["save", str(tmp_path)]) == 1
+    assert backup.main(["save", str(tmp_path / "another")]) == 1
     assert "does not answer" in capsys.readouterr().err
+
+
+def test_a_copy_that_ended_early_is_none_and_the_next_one_starts_anew(
+    platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client().put_object(Bucket=DATASETS_BUCKET, Key="backup/three.csv", Body=b"a,b\n")
+    copy = tmp_path / "copy"
+    monkeypatch.setattr(backup, "BUCKETS", (DATASETS_BUCKET, "unheard-of"))
+    with pytest.raises(MissingObjectError, match="no bucket unheard-of"):
+        backup.save(client(), copy)
+    assert (tmp_path / "copy.part" / "buckets" / DATASETS_BUCKET / "backup" / "three.csv").exists()
+    with pytest.raises(MissingObjectError, match="no copy in"):
+        backup.restore(client(), copy)
+    monkeypatch.setattr(backup, "BUCKETS", (DATASETS_BUCKET,))
+    client().delete_object(Bucket=DATASETS_BUCKET, Key="backup/three.csv")
+    backup.save(client(), copy)
+    assert not (copy / "buckets" / DATASETS_BUCKET / "backup" / "three.csv").exists()
+    assert not (tmp_path / "copy.part").exists()
+
+
+def test_a_copy_is_not_mixed_with_an_older_one(platform: Settings, tmp_path: Path) -> None:
+    backup.save(client(), tmp_path / "copy")
+    with pytest.raises(DataError, match=r"copy holds something already; name a new folder"):
+        backup.save(client(), tmp_path / "copy")
 
 
 def test_restoring_from_nothing_says_so(platform: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
