@@ -12,10 +12,9 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,69 +22,31 @@ from typing import Any
 import yaml
 
 from mlplatform.cluster_secrets import FOLDER, VALUES, read_env, read_kustomization, wanted_files, write_secrets
-from mlplatform.embedded import free_port, is_free
-from mlplatform.errors import ClusterError, PlatformError, PortTakenError
+from mlplatform.errors import ClusterError
+from mlplatform.forwards import SERVICES, Forward, Target, forwarded_settings, local_port
+from mlplatform.rollouts import (
+    PATIENCE_S,
+    Patience,
+    Workload,
+    describe,
+    is_ready,
+    pod_to_blame,
+    unready_container,
+    workload_of,
+)
 from mlplatform.settings import Settings
 
 Notify = Callable[[str], None]
 Confirm = Callable[[str], bool]
 Manifest = dict[str, Any]
-# Finds the running pods behind a service: name, port, and whether it is ready.
-Target = Callable[[], list[tuple[str, int, bool]]]
 PART_OF = "app.kubernetes.io/part-of=mlplatform"
 FIELD_MANAGER = "mlplatform"
 VALIDATION = "--validate=strict"
 TIMEOUT_S = 900.0
-# How long a reason that seldom passes by itself is given before we stop waiting, and how many times that.
-PATIENCE_S = 60.0
-HOPELESS = {
-    "CrashLoopBackOff": 1,
-    "CreateContainerConfigError": 1,
-    "CreateContainerError": 1,
-    "ErrImageNeverPull": 1,
-    "ErrImagePull": 1,
-    "FailedCreate": 1,
-    "ImagePullBackOff": 1,
-    "InvalidImageName": 1,
-    # A node or a volume may be on its way.
-    "Unschedulable": 5,
-}
 # Connecting, and an answer; without them a network that swallows packets holds a request for a quarter of an hour.
 REQUEST_TIMEOUT_S = (5, 30)
-# Port of each service that a client on this machine uses, and the variable that sets its local port.
-SERVICES = {
-    "minio-service": (9000, "MLPLATFORM_S3_PORT"),
-    "redis": (6379, "MLPLATFORM_REDIS_PORT"),
-    "mlflow": (5000, "MLPLATFORM_MLFLOW_PORT"),
-    "feature-server": (6566, "MLPLATFORM_FEATURE_SERVER_PORT"),
-}
 _PRODUCTION = re.compile(r"(?<![a-z])(prod|prd|production|live)(?![a-z])", re.IGNORECASE)
 _KINDS = "deployments,statefulsets,jobs,services,configmaps,secrets,networkpolicies,poddisruptionbudgets,ingresses"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What one Deployment, StatefulSet or Job has reached.
-
-    Attributes:
-        kind: The object's kind.
-        name: The object's name.
-        ready: Pods that are ready, or for a Job, done.
-        wanted: Pods that are asked for.
-        done: Whether the current specification is what runs, and all of it.
-        reason: Why not, in a word or two; empty when there is none.
-        restarts: How often containers of its pods were restarted.
-        failed: Whether it will never be done.
-    """
-
-    kind: str
-    name: str
-    ready: int
-    wanted: int
-    done: bool
-    reason: str = ""
-    restarts: int = 0
-    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,7 +126,7 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         finished: set[tuple[str, str]] = set()
         shown: dict[str, str] = {}
-        troubles: dict[str, tuple[float, float]] = {}
+        patience = Patience(patience_s)
         while True:
             now = time.monotonic()
             try:
@@ -188,7 +149,7 @@ class Cluster:
                     self._notify(line)
             if not waiting:
                 return
-            overdue = [workload for workload in waiting if _is_overdue(workload, troubles, now, patience_s)]
+            overdue = [workload for workload in waiting if patience.is_over(workload, now)]
             if overdue or now > deadline:
                 self._give_up(overdue or waiting)
             time.sleep(1)
@@ -268,7 +229,7 @@ class Cluster:
         try:
             for service in self._services():
                 port, variable = SERVICES[service]
-                local = _local_port(service, port, environ.get(variable), variable)
+                local = local_port(service, port, environ.get(variable), variable)
                 forwards[service] = Forward(
                     service, local, self._target(service, port), self._forward_command, self._notify
                 )
@@ -303,7 +264,7 @@ class Cluster:
             running = [pod for pod in pods if pod.status.phase == "Running" and not pod.metadata.deletion_timestamp]
             numbers = [target if isinstance(target, int) else _named_port(pod, target) for pod in running]
             return sorted(
-                (str(pod.metadata.name), number, _is_ready(pod)) for pod, number in zip(running, numbers, strict=True)
+                (str(pod.metadata.name), number, is_ready(pod)) for pod, number in zip(running, numbers, strict=True)
             )
 
         return find
@@ -342,14 +303,14 @@ class Cluster:
         # One that only waits for another has no reason of its own.
         first, *others = sorted(workloads, key=lambda workload: not workload.reason)
         for workload in [first, *(other for other in others if other.reason)]:
-            pod = _pod_to_blame(pods, workload)
+            pod = pod_to_blame(pods, workload)
             name = str(pod.metadata.name) if pod else workload.name
             self._notify(f"{'pod' if pod else workload.kind} {name}:")
             for event in self._events(name)[-5:]:
                 self._notify(f"  event {event.reason}: {event.message}")
             for line in self._log_tail(core, pod) if pod else ():
                 self._notify(f"  log   {line}")
-        pod = _pod_to_blame(pods, first)
+        pod = pod_to_blame(pods, first)
         kind, name = ("pod", pod.metadata.name) if pod else (first.kind.lower(), first.name)
         reason = first.reason or f"{first.ready} of {first.wanted} ready"
         also = f" (nor do {', '.join(other.name for other in others)})" if others else ""
@@ -361,7 +322,7 @@ class Cluster:
     def _log_tail(self, core: Any, pod: Any) -> list[str]:
         from kubernetes.client.exceptions import ApiException
 
-        container = _unready_container(pod)
+        container = unready_container(pod)
         for previous in (False, True):
             try:
                 text = core.read_namespaced_pod_log(
@@ -388,141 +349,6 @@ class Cluster:
 
     def _agrees(self, question: str) -> bool:
         return self._yes or self._confirm(question)
-
-
-class Forward:
-    """One forwarded port that outlives the pod it leads to.
-
-    Args:
-        name: What is forwarded, for messages.
-        port: The local port.
-        target: Finds the running pods: name, port, and whether it is ready.
-        command: Gives the command that forwards, from pod, local and remote port.
-        notify: Called with a line when the forward moves.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        port: int,
-        target: Target,
-        command: Callable[[str, int, int], list[str]],
-        notify: Notify = lambda _: None,
-    ) -> None:
-        self.name = name
-        self.port = port
-        self._target = target
-        self._command = command
-        self._notify = notify
-        self._stopping = threading.Event()
-        self._ready = threading.Event()
-        self._failure: PlatformError | None = None
-        self._said = ""
-        self._process: subprocess.Popen[str] | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True, name=f"forward-{name}")
-
-    def start(self, *, timeout_s: float = 60.0) -> None:
-        """Start forwarding and wait until the local port is open.
-
-        Raises:
-            ClusterError: There is no ready pod within the time.
-            PortTakenError: Another program has the local port.
-        """
-        self._thread.start()
-        deadline = time.monotonic() + timeout_s
-        while not self._ready.wait(0.1):
-            if self._failure:
-                raise self._failure
-            if time.monotonic() > deadline:
-                reason = f": {self._said}" if self._said else ""
-                raise ClusterError(
-                    f"{self.name} can't be forwarded within {timeout_s:.0f} s{reason}; run 'make k8s-status'"
-                )
-
-    def stop(self) -> None:
-        """End the forward."""
-        self._stopping.set()
-        self._end()
-        if self._thread.is_alive():
-            self._thread.join(timeout=10)
-
-    def _run(self) -> None:
-        previous: str | None = None
-        while not self._stopping.is_set():
-            try:
-                ready = [(pod, remote) for pod, remote, is_ready in self._target() if is_ready]
-                if not ready:
-                    self._stopping.wait(0.5)
-                    continue
-                pod, remote = ready[0]
-                if previous:
-                    self._notify(f"{self.name}: the forward to {previous} dropped; leading to {pod}")
-                previous = pod if self._follow(pod, remote) else None
-                if not previous:
-                    self._stopping.wait(1)
-            except PortTakenError as error:
-                self._failure = error
-                self._notify(str(error))
-                return
-            except PlatformError as error:
-                # The API server may be away for a moment; what was handed out must work again when it is back.
-                self._notify(f"{self.name}: {error}")
-                self._stopping.wait(1)
-
-    def _follow(self, pod: str, remote: int) -> bool:
-        """Forward to one pod until the forward ends or the pod is no longer the one to lead to.
-
-        Returns:
-            Whether the forward was ever open.
-        """
-        process = subprocess.Popen(
-            self._command(pod, self.port, remote), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        self._process = process
-        lines: list[str] = []
-        reader = threading.Thread(target=self._read, args=(process, lines), daemon=True)
-        reader.start()
-        try:
-            while not self._stopping.is_set() and not _has_ended(process, within_s=1.0):
-                # An API server that is away for a moment is no reason to drop a forward that works.
-                with suppress(ClusterError):
-                    # Nor is a pod that is not ready for a moment, unless another one is.
-                    states = {name: is_ready for name, _, is_ready in self._target()}
-                    if pod not in states or (not states[pod] and any(states.values())):
-                        break
-        finally:
-            self._end()
-            reader.join(timeout=5)
-            if process.stdout:
-                process.stdout.close()
-        if any("unable to listen" in line.lower() for line in lines):
-            variable = SERVICES[self.name][1] if self.name in SERVICES else "its port"
-            raise PortTakenError(
-                f"port {self.port}, on which {self.name} is forwarded, is taken by another program; "
-                f"stop it, or set {variable} to a free port"
-            )
-        self._said = lines[-1] if lines else ""
-        return any(line.startswith("Forwarding from") for line in lines)
-
-    def _read(self, process: subprocess.Popen[str], lines: list[str]) -> None:
-        for line in process.stdout or ():
-            if not line.startswith("Handling connection"):
-                lines.append(line.strip())
-            if line.startswith("Forwarding from"):
-                self._ready.set()
-            elif "lost connection" in line.lower():
-                # Some versions of kubectl stay after this, and forward to nobody.
-                process.terminate()
-
-    def _end(self) -> None:
-        process = self._process
-        if process and process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 def render(overlay: Path) -> list[Manifest]:
@@ -578,74 +404,6 @@ def find_context(name: str | None) -> Context:
 def looks_like_production(*names: str) -> bool:
     """Say whether the name of a context, cluster or server reads as if much depends on it."""
     return any(_PRODUCTION.search(name) for name in names)
-
-
-def describe(workload: Workload) -> str:
-    """Describe a workload in a line."""
-    state = "done" if workload.done and workload.kind == "Job" else f"{workload.ready}/{workload.wanted} ready"
-    parts = [f"{workload.kind} {workload.name}: {state}"]
-    if workload.reason and not workload.done:
-        parts.append(workload.reason)
-    if workload.restarts:
-        parts.append(f"{workload.restarts} restarts")
-    return ", ".join(parts)
-
-
-def workload_of(kind: str, item: Any, pods: Sequence[Any], replica_sets: Sequence[Any] = ()) -> Workload:
-    """Judge a workload as `kubectl rollout status` does, and say what holds it up.
-
-    Args:
-        kind: `Deployment`, `StatefulSet` or `Job`.
-        item: The object.
-        pods: The namespace's pods.
-        replica_sets: The namespace's ReplicaSets, which tell a Deployment's pods of today from earlier ones.
-    """
-    status, name = item.status, item.metadata.name
-    own = _current(kind, item, [pod for pod in pods if _belongs(pod, name)], replica_sets)
-    restarts = sum(entry.restart_count for pod in own for entry in _container_statuses(pod))
-    conditions = {condition.type: condition for condition in status.conditions or ()}
-    if kind == "Job":
-        wanted, ready = item.spec.completions or 1, status.succeeded or 0
-        failed = conditions.get("Failed")
-        if failed and failed.status == "True":
-            return Workload(kind, name, ready, wanted, False, f"{failed.reason}: {failed.message}", restarts, True)
-        return Workload(kind, name, ready, wanted, ready >= wanted, _reason(own), restarts)
-    wanted, ready = item.spec.replicas, status.ready_replicas or 0
-    seen = (status.observed_generation or 0) >= item.metadata.generation
-    updated = (status.updated_replicas or 0) >= wanted
-    if kind == "Deployment":
-        current = (status.replicas or 0) <= (status.updated_replicas or 0)
-    else:
-        current = not status.update_revision or status.current_revision == status.update_revision
-    reason = _reason(own)
-    refused, progress = conditions.get("ReplicaFailure"), conditions.get("Progressing")
-    if refused and refused.status == "True":
-        reason = reason or f"{refused.reason}: {refused.message}"[:300]
-    late = bool(seen and progress and progress.status == "False")
-    if progress and late:
-        reason = reason or f"{progress.reason}: {progress.message}"[:300]
-    done = seen and updated and current and ready >= wanted
-    return Workload(kind, name, ready, wanted, done, reason, restarts, late and not done)
-
-
-def forwarded_settings(secrets: Mapping[str, str], ports: Mapping[str, int]) -> Settings:
-    """Combine the credentials of the cluster with addresses on this machine.
-
-    Args:
-        secrets: What `client.env` holds.
-        ports: Local ports by service.
-    """
-    redis = secrets["REDIS_CONNECTION_STRING"].split(",", 1)[1]
-    return Settings.from_env(
-        {
-            **secrets,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['minio-service']}",
-            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['mlflow']}",
-            "REDIS_CONNECTION_STRING": f"127.0.0.1:{ports['redis']},{redis}",
-            "FEATURE_SERVER_URL": f"http://127.0.0.1:{ports.get('feature-server', SERVICES['feature-server'][0])}",
-        }
-    )
 
 
 @contextmanager
@@ -721,28 +479,9 @@ def _kubectl_command(context: str) -> list[str]:
     return [_kubectl_path(), "--context", context]
 
 
-def _has_ended(process: subprocess.Popen[str], *, within_s: float) -> bool:
-    try:
-        process.wait(within_s)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
 def _workload_names(manifests: list[Manifest]) -> list[tuple[str, str]]:
     kinds = ("Deployment", "StatefulSet", "Job")
     return [(item["kind"], item["metadata"]["name"]) for item in manifests if item["kind"] in kinds]
-
-
-def _local_port(service: str, port: int, wanted: str | None, variable: str) -> int:
-    if wanted is None:
-        return port if is_free(port) else free_port()
-    if not wanted.isdigit() or not is_free(int(wanted)):
-        raise PortTakenError(
-            f"{variable}={wanted}, on which {service} is to be forwarded, is taken or no port; "
-            f"stop what uses it, or set {variable} to a free port"
-        )
-    return int(wanted)
 
 
 def _namespace(overlay: Path) -> str:
@@ -752,94 +491,6 @@ def _namespace(overlay: Path) -> str:
             f"{overlay / 'kustomization.yaml'} names no namespace; add one, such as namespace: mlplatform"
         )
     return str(namespace)
-
-
-def _is_overdue(workload: Workload, troubles: dict[str, tuple[float, float]], now: float, patience_s: float) -> bool:
-    """Say whether waiting for a workload is in vain.
-
-    A container that crashes now and then is well in between, so a trouble counts from when it was first seen until
-    it was away for as long as our patience lasts.
-    """
-    since, last = troubles.get(workload.name, (now, now))
-    word = workload.reason.split(":")[0]
-    if word not in HOPELESS:
-        if now - last > patience_s:
-            troubles.pop(workload.name, None)
-        return workload.failed
-    troubles[workload.name] = (since, now)
-    return now - since >= patience_s * HOPELESS[word]
-
-
-def _belongs(pod: Any, name: str) -> bool:
-    """Say whether a pod is a workload's: our workloads give their pods their own name as label."""
-    return bool((pod.metadata.labels or {}).get("app.kubernetes.io/name") == name)
-
-
-def _current(kind: str, item: Any, pods: list[Any], replica_sets: Sequence[Any]) -> list[Any]:
-    """Keep the pods of a workload's present template: an earlier one's may be broken, and are on their way out."""
-    revision = "deployment.kubernetes.io/revision"
-    if kind == "Deployment":
-        wanted = (item.metadata.annotations or {}).get(revision)
-        label, hashes = "pod-template-hash", {
-            entry.metadata.labels["pod-template-hash"]
-            for entry in replica_sets
-            if _belongs(entry, item.metadata.name) and (entry.metadata.annotations or {}).get(revision) == wanted
-        }  # fmt: skip
-    else:
-        update = item.status.update_revision if kind == "StatefulSet" else None
-        label, hashes = "controller-revision-hash", {update} if update else set()
-    pods = [pod for pod in pods if not pod.metadata.deletion_timestamp]
-    return [pod for pod in pods if not hashes or pod.metadata.labels.get(label) in hashes]
-
-
-def _pod_to_blame(pods: Sequence[Any], workload: Workload) -> Any:
-    """Find the pod that holds a workload up, the newest that has the reason, or else any that is not ready."""
-    own = [
-        pod
-        for pod in pods
-        if _belongs(pod, workload.name) and not pod.metadata.deletion_timestamp and pod.status.phase != "Succeeded"
-    ]
-    unready = sorted((pod for pod in own if not _is_ready(pod)), key=lambda pod: str(pod.metadata.creation_timestamp))
-    return max(unready, key=lambda pod: _reason([pod]) == workload.reason, default=None)
-
-
-def _container_statuses(pod: Any) -> list[Any]:
-    return [*(pod.status.init_container_statuses or ()), *(pod.status.container_statuses or ())]
-
-
-def _is_ready(pod: Any) -> bool:
-    if pod.metadata.deletion_timestamp:
-        return False
-    return any(entry.type == "Ready" and entry.status == "True" for entry in pod.status.conditions or ())
-
-
-def _reason(pods: Sequence[Any]) -> str:
-    """Say why pods are not ready, preferring what does not pass by itself."""
-    reasons = []
-    for pod in pods:
-        for entry in _container_statuses(pod):
-            waiting = entry.state.waiting if entry.state else None
-            ended = (entry.state and entry.state.terminated) or (entry.last_state and entry.last_state.terminated)
-            end = f"{ended.reason}, exit status {ended.exit_code}" if ended and ended.exit_code else ""
-            if waiting and waiting.reason:
-                message = f": {waiting.message}" if waiting.message else ""
-                reasons.append(f"{waiting.reason}{message}"[:300] + (f" (it ended before: {end})" if end else ""))
-            elif end and not entry.ready:
-                reasons.append(f"it ended before: {end}")
-        for condition in pod.status.conditions or ():
-            if condition.type == "PodScheduled" and condition.status == "False":
-                reasons.append(f"{condition.reason}: {condition.message}"[:300])
-    return min(reasons, key=lambda reason: reason.split(":")[0] not in HOPELESS, default="")
-
-
-def _unready_container(pod: Any) -> str:
-    statuses = _container_statuses(pod)
-    # An init container that is through is not ready either, and not what holds the pod up.
-    through = [
-        entry for entry in statuses if entry.state and entry.state.terminated and entry.state.terminated.exit_code == 0
-    ]
-    unready = [entry for entry in statuses if not entry.ready and entry not in through]
-    return str((unready or statuses)[0].name) if statuses else str(pod.spec.containers[0].name)
 
 
 def _named_port(pod: Any, name: str) -> int:

@@ -72,7 +72,7 @@ def forward(options: argparse.Namespace) -> None:
 
 def status(options: argparse.Namespace) -> int:
     """Show what runs on the cluster, and why the rest does not."""
-    from mlplatform.cluster import describe
+    from mlplatform.rollouts import describe
 
     workloads = _cluster(options).workloads()
     for workload in workloads:

@@ -1,16 +1,19 @@
 """The secrets of a cluster: random values made once, and the files that the manifests' generators read.
 
 `values.env` beside the derived files holds every value; the rest only arranges them for MLflow, Redis, SeaweedFS and
-Postgres. All of it lies in an overlay's git-ignored `secrets` folder, readable by its owner alone.
+Postgres, and is made anew when values or overlay change, unless somebody edited it. All of it lies in an overlay's
+git-ignored `secrets` folder, readable by its owner alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -20,6 +23,8 @@ from mlplatform.settings import write_private
 Notify = Callable[[str], None]
 FOLDER = "secrets"
 VALUES = "values.env"
+# Digests of the files as they were written, which tell an edited one.
+WRITTEN = ".written.json"
 PREVIOUS = "_PREVIOUS"
 # What `rotate` replaces together. A name and its password change as one, so that old and new can both be valid.
 GROUPS = {
@@ -99,8 +104,7 @@ def write_secrets(
         ).items()
         if name in wanted
     }
-    replace = {VALUES} if not (rotate or retire) else set(texts)
-    return _write(folder, texts, replace, notify)
+    return _write(folder, texts, anyway={VALUES} if not (rotate or retire) else set(texts), notify=notify)
 
 
 def changed_values(
@@ -155,6 +159,7 @@ def derived_files(values: Mapping[str, str], *, postgres: bool, seaweedfs: bool)
     }
     # The driver by name, since what SQLAlchemy takes for a bare `postgresql:` changed, and the image has this one.
     login = values.get("POSTGRES_LOGIN") or f"mlflow:{values['POSTGRES_PASSWORD']}"
+    login = ":".join(quote(part, safe="") for part in login.split(":", 1))
     database = f"postgresql+psycopg2://{login}@{values.get('POSTGRES_ADDRESS') or 'postgres:5432'}"
     users = f"{database}/mlflow_auth" if postgres else "sqlite:////var/lib/mlflow/basic_auth.db"
     inner = {name: value for name, value in values.items() if name in INNER}
@@ -258,26 +263,37 @@ def _acl(values: Mapping[str, str]) -> str:
 
 
 def _basic_auth(values: Mapping[str, str], database: str) -> str:
-    # Without the cache every request pays for a password hash, a fifth of a second.
+    # Without the cache every request pays for a password hash, a fifth of a second. An ini file doubles each %.
     return (
-        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database}\n"
+        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database.replace('%', '%%')}\n"
         f"admin_username = {values['MLFLOW_ADMIN_USERNAME']}\nadmin_password = {values['MLFLOW_ADMIN_PASSWORD']}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
         "auth_cache_ttl_seconds = 300\n"
     )
 
 
-def _write(folder: Path, texts: Mapping[str, str], replace: Collection[str], notify: Notify) -> list[Path]:
+def _write(folder: Path, texts: Mapping[str, str], *, anyway: Collection[str], notify: Notify) -> list[Path]:
+    """Write what changed; keep what somebody edited, unless it is to be written anyway."""
+    record = folder / WRITTEN
+    digests: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
     written = []
     for name, text in texts.items():
         path = folder / name
         present = path.read_text() if path.exists() else None
+        edited = present is not None and _digest(present) != digests.get(name)
         if present == text:
             path.chmod(0o600)
-        elif present is None or name in replace:
+        elif edited and name not in anyway:
+            notify(f"kept {path}, which somebody edited; delete it to have it made anew")
+            continue
+        else:
             write_private(path, text)
             written.append(path)
             notify(f"wrote {path}")
-        else:
-            notify(f"kept {path}, which differs from {VALUES}; delete it to have it made anew")
+        digests[name] = _digest(text)
+    write_private(record, json.dumps(digests, indent=2) + "\n")
     return written
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

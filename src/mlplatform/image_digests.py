@@ -35,8 +35,14 @@ def resolve(images: Iterable[str], *, scheme: str = "https", timeout_s: float = 
         Digests by image.
 
     Raises:
-        ClusterError: A registry does not answer, does not know an image, or answers nonsense. No digest is guessed.
+        ClusterError: A registry does not answer, does not know an image, or answers nonsense, or an image is named by
+            its digest already. No digest is guessed.
     """
+    images = list(images)
+    if pinned := [image for image in images if "@" in image]:
+        raise ClusterError(
+            f"{', '.join(pinned)}: pinned already; take the block under images: out of the overlay first"
+        )
     return {image: _digest(image, scheme, timeout_s) for image in sorted(images) if "/" in image}
 
 

@@ -52,6 +52,8 @@ class FakeCluster:
         objects: Everything applied, by plural and name.
         requests: Each request that changed something: method, path and content type.
         waiting: Why the pods of a workload do not run, by the workload's name.
+        refused: Why a workload gets no pods, by its name.
+        failures: Statuses with which the next lists of pods are answered.
         pods: Names of pods that stand for a workload, by the workload's name; one called `<name>-0` by default.
         backends: The local port that a forward to a pod leads to, by the pod's name.
         drops: After how many pieces of data the first forward to a pod is cut, by the pod's name.
@@ -61,6 +63,8 @@ class FakeCluster:
         self.objects: Objects = {}
         self.requests: list[tuple[str, str, str]] = []
         self.waiting: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
+        self.failures: list[int] = []
         self.pods: dict[str, list[str]] = {}
         self.backends: dict[str, int] = {}
         self.drops: dict[str, int] = {}
@@ -69,8 +73,13 @@ class FakeCluster:
         if plural == "pods":
             return [pod for workload in self._workloads() for pod in self._pods_of(workload)]
         if plural == "events":
-            message = "0/1 nodes hold the image"
-            return [{"metadata": {"name": "e"}, "involvedObject": {}, "reason": "Failed", "message": message}]
+            pods = [pod for name in self.waiting for pod in self.pods.get(name, [f"{name}-0"])]
+            events = [(pod, "Failed", "0/1 nodes hold the image") for pod in pods]
+            events += [(name, "FailedCreate", why) for name, why in self.refused.items()]
+            return [
+                {"metadata": {"name": "e"}, "involvedObject": {"name": name}, "reason": reason, "message": message}
+                for name, reason, message in events
+            ]
         items = [item for (kind, _), item in self.objects.items() if kind == plural]
         return [self._with_status(item) for item in items]
 
@@ -101,11 +110,11 @@ class FakeCluster:
                     ],
                 },
             }
-            for pod in self.pods.get(name, [f"{name}-0"])
+            for pod in self.pods.get(name, [] if name in self.refused else [f"{name}-0"])
         ]  # fmt: skip
 
     def _with_status(self, item: dict[str, Any]) -> dict[str, Any]:
-        ready = item["metadata"]["name"] not in self.waiting
+        ready = item["metadata"]["name"] not in {*self.waiting, *self.refused}
         metadata = item["metadata"] | {"generation": 1}
         count = item.get("spec", {}).get("replicas", 1)
         if item["kind"] == "Job":
@@ -187,15 +196,23 @@ class _Handler(BaseHTTPRequestHandler):
         elif name or not plural:
             self._missing()
         else:
+            if plural == "pods" and self.cluster.failures:
+                code = self.cluster.failures.pop(0)
+                self._answer({"kind": "Status", "status": "Failure", "code": code, "message": "not now"}, code)
+                return
             kind, version = self._kind(plural)
-            wanted = parse_qs(urlparse(self.path).query).get("labelSelector", [""])[0]
-            pairs = [pair.split("=", 1) for pair in wanted.split(",") if pair]
+            labels, fields = (self._pairs(name) for name in ("labelSelector", "fieldSelector"))
             items = [
                 item
                 for item in self.cluster.list_items(plural)
-                if all(item["metadata"].get("labels", {}).get(key) == value for key, value in pairs)
+                if all(item["metadata"].get("labels", {}).get(key) == value for key, value in labels)
+                and all(_field(item, key) == value for key, value in fields)
             ]
             self._answer({"kind": f"{kind}List", "apiVersion": version, "metadata": {}, "items": items})
+
+    def _pairs(self, selector: str) -> list[list[str]]:
+        wanted = parse_qs(urlparse(self.path).query).get(selector, [""])[0]
+        return [pair.split("=", 1) for pair in wanted.split(",") if pair]
 
     def do_PATCH(self) -> None:
         plural, name, _ = self._resource()
@@ -227,6 +244,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.cluster.requests.append(("DELETE", self._path(), ""))
         self._answer(self.cluster.objects.pop((plural, name)))
+
+
+def _field(item: Any, path: str) -> Any:
+    for part in path.split("."):
+        item = item.get(part, {})
+    return item
 
 
 class _Forwarding:
@@ -341,14 +364,14 @@ def use(kubeconfig: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("mlplatform.cluster.VALIDATION", "--validate=false")
 
 
-def write_kubeconfig(path: Path, server: str, context: str) -> Path:
+def write_kubeconfig(path: Path, server: str, context: str, *, cluster: str = "c", current: bool = True) -> Path:
     config = {
         "apiVersion": "v1",
         "kind": "Config",
-        "current-context": context,
-        "clusters": [{"name": "c", "cluster": {"server": server}}],
+        "current-context": context if current else "",
+        "clusters": [{"name": cluster, "cluster": {"server": server}}],
         "users": [{"name": "u", "user": {"token": "t"}}],
-        "contexts": [{"name": context, "context": {"cluster": "c", "user": "u"}}],
+        "contexts": [{"name": context, "context": {"cluster": cluster, "user": "u"}}],
     }
     path.write_text(yaml.safe_dump(config))
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import socketserver
@@ -14,18 +15,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from fake_cluster import FakeCluster, serve, use, write_kubeconfig
 from manifests import compose
+from sqlalchemy import make_url
 
-from mlplatform.cluster import Cluster, Forward, Workload, describe, images, looks_like_production, render
+from mlplatform.cluster import Cluster, images, looks_like_production, render
 from mlplatform.cluster_secrets import GROUPS, PREVIOUS, changed_values, derived_files, read_env, write_secrets
 from mlplatform.embedded import free_port
 from mlplatform.errors import ClusterError, PortTakenError
+from mlplatform.forwards import Forward
+from mlplatform.rollouts import Workload, describe
 
 
 @pytest.fixture
@@ -144,6 +150,35 @@ def test_mlflow_finds_postgres_as_the_values_say_after_a_rotation_too(
     assert f"database_uri = {address}/mlflow_auth\n" in (folder / "basic_auth.ini").read_text()
 
 
+def test_a_file_that_nobody_edited_follows_the_overlay_and_the_values(tmp_path: Path) -> None:
+    overlay = compose(tmp_path)
+    folder, file = overlay / "secrets", overlay / "kustomization.yaml"
+    production = compose(tmp_path / "production", overlay="production")
+    file.write_text((production / "kustomization.yaml").read_text())
+    kept = (folder / "users.acl").read_text()
+    said: list[str] = []
+    write_secrets(overlay, notify=said.append)
+    assert "database_uri = postgresql" in (folder / "basic_auth.ini").read_text()
+    assert "reader-" in (folder / "feature-server.env").read_text()
+    assert (folder / "users.acl").read_text() == kept
+    assert not [line for line in said if "kept" in line]
+
+
+@pytest.mark.parametrize("login", ["mlflow:p@ss/w%rd:1", "team b:ü"])
+def test_postgres_gets_user_and_password_as_they_were_given(tmp_path: Path, login: str) -> None:
+    overlay = compose(tmp_path, overlay="production")
+    with (overlay / "secrets" / "values.env").open("a") as values:
+        values.write(f"POSTGRES_LOGIN={login}\n")
+    write_secrets(overlay)
+    users = ConfigParser()
+    users.read(overlay / "secrets" / "basic_auth.ini")
+    database = read_env(overlay / "secrets" / "mlflow-database.env")
+    for address in (users["mlflow"]["database_uri"], database["MLFLOW_BACKEND_STORE_URI"]):
+        url = make_url(address)
+        assert f"{url.username}:{url.password}" == login
+        assert url.host == "postgres"
+
+
 # --- contexts
 
 
@@ -173,8 +208,31 @@ def test_production_is_touched_only_after_a_confirmation(
 
 
 def test_an_unknown_context_is_named_with_those_there_are(fake: FakeCluster, overlay: Path) -> None:
-    with pytest.raises(ClusterError, match="no context 'kind-tets' in the kubeconfig; name one with CONTEXT=: kind-test"):
+    with pytest.raises(
+        ClusterError, match="no context 'kind-tets' in the kubeconfig; name one with CONTEXT=: kind-test"
+    ):
         Cluster(overlay, context="kind-tets")
+
+
+def test_the_names_of_cluster_and_server_can_look_like_production_too(
+    tmp_path: Path, overlay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(tmp_path) as (_, kubeconfig):
+        server = yaml.safe_load(kubeconfig.read_text())["clusters"][0]["cluster"]["server"]
+        use(write_kubeconfig(tmp_path / "config", server, "work", cluster="prod-eu"), monkeypatch)
+        with pytest.raises(ClusterError, match="work looks like production"):
+            Cluster(overlay)
+
+
+def test_a_context_need_not_be_the_current_one_when_it_is_named(
+    tmp_path: Path, overlay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(tmp_path) as (_, kubeconfig):
+        server = yaml.safe_load(kubeconfig.read_text())["clusters"][0]["cluster"]["server"]
+        use(write_kubeconfig(tmp_path / "config", server, "work", current=False), monkeypatch)
+        assert Cluster(overlay, context="work").context == "work"
+        with pytest.raises(ClusterError, match="the kubeconfig has no current context; name one with CONTEXT=: work"):
+            Cluster(overlay)
 
 
 def test_no_kubeconfig_is_said(tmp_path: Path, overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +263,37 @@ def test_up_applies_every_object_server_side_and_shows_each_rollout(fake: FakeCl
     assert re.fullmatch(r"context kind-test \(cluster c, http://127.0.0.1:\d+\), namespace mlplatform", lines[0])
     assert "Deployment mlflow: 1/1 ready" in lines
     assert "Job buckets: done" in lines
+
+
+def test_new_secrets_are_not_made_for_a_cluster_that_holds_data(fake: FakeCluster, overlay: Path) -> None:
+    Cluster(overlay).up()
+    before = dict(fake.objects)
+    shutil.rmtree(overlay / "secrets")
+    with pytest.raises(ClusterError, match=r"kind-test holds data .* put .*values\.env back"):
+        Cluster(overlay).up()
+    assert not (overlay / "secrets").exists()
+    assert fake.objects == before
+
+
+def test_the_namespace_is_the_overlays(fake: FakeCluster, overlay: Path) -> None:
+    file = overlay / "kustomization.yaml"
+    file.write_text(file.read_text().replace("namespace: mlplatform", "namespace: team-b"))
+    Cluster(overlay).up()
+    paths = {path for method, path, _ in fake.requests if method == "PATCH"}
+    assert all("/namespaces/team-b" in path for path in paths)
+    file.write_text(file.read_text().replace("namespace: team-b\n", ""))
+    with pytest.raises(ClusterError, match=r"kustomization\.yaml names no namespace"):
+        Cluster(overlay)
+
+
+def test_up_goes_on_when_the_api_server_is_away_for_a_moment(fake: FakeCluster, overlay: Path) -> None:
+    lines: list[str] = []
+    fake.failures = [504, 429]
+    Cluster(overlay, notify=lines.append).up()
+    assert "the cluster of context kind-test answers 504: not now" in lines
+    fake.failures = [403]
+    with pytest.raises(ClusterError, match="refuses: not now; check the context's user"):
+        Cluster(overlay).up()
 
 
 def test_up_again_after_a_rotation_runs_the_jobs_anew(fake: FakeCluster, overlay: Path) -> None:
@@ -251,6 +340,22 @@ def test_a_pod_that_never_gets_ready_is_named_with_its_last_events_and_log(fake:
         Cluster(overlay, notify=lines.append).up(timeout_s=1)
     assert "  event Failed: 0/1 nodes hold the image" in lines
     assert "  log   no such table: experiments" in lines
+
+
+def test_all_that_is_stuck_is_named_and_first_what_has_a_reason(fake: FakeCluster, overlay: Path) -> None:
+    fake.waiting = {"feature-server": "", "minio": "ContainerCreating", "redis": "ContainerCreating"}
+    lines: list[str] = []
+    with pytest.raises(ClusterError, match=r"pod minio-0 does not come up: .* \(nor do redis, feature-server\)"):
+        Cluster(overlay, notify=lines.append).up(timeout_s=1)
+    assert {"pod minio-0:", "pod redis-0:"} <= set(lines)
+
+
+def test_why_no_pod_is_made_is_said_early(fake: FakeCluster, overlay: Path) -> None:
+    fake.refused["redis"] = "pods redis-0 is forbidden: exceeded quota"
+    lines: list[str] = []
+    with pytest.raises(ClusterError, match=r"statefulset redis does not come up: FailedCreate: .* exceeded quota"):
+        Cluster(overlay, notify=lines.append).up(patience_s=1)
+    assert "  event FailedCreate: pods redis-0 is forbidden: exceeded quota" in lines
 
 
 def test_an_image_that_can_not_be_pulled_ends_the_wait_early(fake: FakeCluster, overlay: Path) -> None:
@@ -409,6 +514,22 @@ def test_a_forward_that_works_outlives_an_api_server_that_is_away() -> None:
         time.sleep(2.5)
         assert _ask(port) == "mlflow-0:5000"
         assert forward._process is process
+    finally:
+        forward.stop()
+
+
+def test_a_forward_stays_with_a_pod_that_is_not_ready_until_another_one_is() -> None:
+    port, ready = free_port(), {"mlflow-a": True}
+    forward = Forward("mlflow", port, lambda: [(pod, 5000, is_ready) for pod, is_ready in ready.items()], _relay)
+    try:
+        forward.start()
+        process = forward._process
+        ready["mlflow-a"] = False
+        time.sleep(2.5)
+        assert _ask(port) == "mlflow-a:5000"
+        assert forward._process is process
+        ready["mlflow-b"] = True
+        _eventually(lambda: _ask(port) == "mlflow-b:5000")
     finally:
         forward.stop()
 

