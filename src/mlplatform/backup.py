@@ -16,7 +16,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from mlplatform.errors import DataError, MissingObjectError, PlatformError
+import boto3.exceptions
+
+from mlplatform.errors import DataError, MissingObjectError, PlatformError, ServiceDownError
 from mlplatform.objectstore import client, translated
 from mlplatform.settings import BUCKETS, find_settings
 
@@ -80,7 +82,12 @@ def restore(store: Any, folder: Path) -> int:
         # Asked first: an upload that fails for want of a bucket has an error class of its own, and comes too late.
         next(_keys(store, bucket), None)
     for path, (bucket, *key) in objects.items():
-        store.upload_file(str(path), bucket, "/".join(key))
+        try:
+            store.upload_file(str(path), bucket, "/".join(key))
+        except boto3.exceptions.S3UploadFailedError as error:
+            raise ServiceDownError(
+                f"s3://{bucket}/{'/'.join(key)} was not copied back: {error}; restore again"
+            ) from error
     return len(objects)
 
 
@@ -102,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         # MLflow's server may be stopped meanwhile: a restore is best done so.
-        store = client(find_settings(os.environ))
+        settings = find_settings(os.environ)
+        print(f"{options.command}: the object store at {settings.s3_endpoint}", file=sys.stderr)  # noqa: T201
+        store = client(settings)
         if options.command == "save":
             count = save(store, options.folder, databases=options.database)
         else:

@@ -29,6 +29,7 @@ from mlplatform.rollouts import (
     Patience,
     Workload,
     describe,
+    is_hopeless,
     is_ready,
     pod_to_blame,
     unready_container,
@@ -151,7 +152,7 @@ class Cluster:
                 return
             overdue = [workload for workload in waiting if patience.is_over(workload, now)]
             if overdue or now > deadline:
-                self._give_up(overdue or waiting)
+                self._give_up(waiting)
             time.sleep(1)
 
     def workloads(self) -> list[Workload]:
@@ -300,8 +301,8 @@ class Cluster:
         core = _api(self._client, "CoreV1Api")
         with _translated(self.context):
             pods = core.list_namespaced_pod(self.namespace, label_selector=PART_OF).items
-        # One that only waits for another has no reason of its own.
-        first, *others = sorted(workloads, key=lambda workload: not workload.reason)
+        # One that only waits for another has no reason of its own, or is merely late.
+        first, *others = sorted(workloads, key=lambda workload: (not is_hopeless(workload), not workload.reason))
         for workload in [first, *(other for other in others if other.reason)]:
             pod = pod_to_blame(pods, workload)
             name = str(pod.metadata.name) if pod else workload.name

@@ -120,13 +120,17 @@ class Patience:
             now: A monotonic time, in seconds; later at each call.
         """
         since, last = self._troubles.get(workload.name, (now, now))
-        word = workload.reason.split(":")[0]
-        if word not in HOPELESS:
+        if not is_hopeless(workload):
             if now - last > self._patience_s:
                 self._troubles.pop(workload.name, None)
             return workload.failed
         self._troubles[workload.name] = (since, now)
-        return workload.failed or now - since >= self._patience_s * HOPELESS[word]
+        return workload.failed or now - since >= self._patience_s * HOPELESS[_word(workload.reason)]
+
+
+def is_hopeless(workload: Workload) -> bool:
+    """Say whether what holds a workload up seldom passes by itself."""
+    return _word(workload.reason) in HOPELESS
 
 
 def pod_to_blame(pods: Sequence[Any], workload: Workload) -> Any:
@@ -200,4 +204,8 @@ def _reason(pods: Sequence[Any]) -> str:
         for condition in pod.status.conditions or ():
             if condition.type == "PodScheduled" and condition.status == "False":
                 reasons.append(f"{condition.reason}: {condition.message}"[:300])
-    return min(reasons, key=lambda reason: reason.split(":")[0] not in HOPELESS, default="")
+    return min(reasons, key=lambda reason: _word(reason) not in HOPELESS, default="")
+
+
+def _word(reason: str) -> str:
+    return reason.split(":")[0]

@@ -11,6 +11,7 @@ import pytest
 from mlflow.entities import Run
 
 from mlplatform import income, modeling, notebooks, objectstore, registry
+from mlplatform.embedded import Embedded
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 # Area under the ROC curve on the training and on the test rows of seed 42. The split is exact, the models nearly so.
@@ -159,3 +160,12 @@ def test_registering_and_promoting_again_changes_nothing(registered: dict[str, o
     assert not registry.promote(version).promoted
     assert [entry.version for entry in client.search_model_versions(query)] == before
     pd.testing.assert_frame_equal(registry.history(), events)
+
+
+def test_models_come_through_mlflow_and_not_by_links_to_the_object_store(
+    executed: dict[str, Path], embedded: Embedded
+) -> None:
+    """A client outside a cluster reaches MLflow, and knows no way to the object store that such a link names."""
+    asked = (embedded.state / "logs" / "mlflow.log").read_text()
+    assert "GET /api/2.0/mlflow-artifacts/artifacts/" in asked
+    assert "/mlflow-artifacts/presigned/" not in asked

@@ -526,7 +526,6 @@ class Cluster:
             _mount("/dev/shm", "tmpfs", "shm", "nosuid", "noexec", "nodev", "mode=1777", "size=65536k"),  # noqa: S108
             _mount("/sys", "sysfs", "sysfs", "nosuid", "noexec", "nodev", "ro"),
             _mount("/etc/hosts", "bind", str(hosts), "rbind", "ro"),
-            *(_mount(target, "bind", str(path), "rbind", "ro") for target, path in image.binds.items()),
         ]
         for entry in spec.get("volumeMounts", ()):
             _known(entry, {"name", "mountPath", "readOnly"}, pod.name)
@@ -534,6 +533,8 @@ class Cluster:
                 raise PodError(f"pod {pod.name}: no volume is called {entry['name']}")
             mode = "ro" if entry.get("readOnly") else "rw"
             mounts.append(_mount(entry["mountPath"], "bind", str(volumes[entry["name"]]), "rbind", mode))
+        # Behind the volumes, since what stands in for an image may lie where a pod mounts its /tmp.
+        mounts += [_mount(target, "bind", str(path), "rbind", "ro") for target, path in image.binds.items()]
         group = pod_context.get("fsGroup")
         return {
             "ociVersion": "1.0.2",

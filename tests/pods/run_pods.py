@@ -44,10 +44,15 @@ START_TIMEOUT_S = 300
 
 def leave_the_machines_mounts(folder: Path) -> None:
     """Go on with mounts of our own, which end with this process; file systems are made in memory."""
-    _leave(0x00020000)
-    run("mount", "--make-rprivate", "/")
+    unshare_mounts()
     folder.mkdir()
     run("mount", "-t", "tmpfs", "-o", "size=80%,mode=755", "tmpfs", folder)
+
+
+def unshare_mounts() -> None:
+    """Go on with mounts of our own."""
+    _leave(0x00020000)
+    run("mount", "--make-rprivate", "/")
 
 
 def leave_the_machines_network() -> None:
@@ -326,8 +331,6 @@ def log_in_as(cluster: Cluster, overlay: Path, login: str) -> None:
     """Make MLflow's secrets anew for another login and render again, so that pods that start read those."""
     values = overlay / "secrets" / "values.env"
     values.write_text(values.read_text() + f"POSTGRES_LOGIN={login}\n")
-    for name in ("mlflow-database.env", "basic_auth.ini"):
-        (overlay / "secrets" / name).unlink()
     write_secrets(overlay)
     cluster.manifests = render(overlay)
     specs = {w["metadata"]["name"]: w for w in workloads(cluster.manifests)}
