@@ -30,9 +30,10 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 from images import REPOSITORY, make_roots, stand_ins
@@ -57,7 +58,7 @@ CONTEXT = "kind-node"
 
 
 def build(folder: Path) -> None:
-    """Build Kubernetes from Debian's source package; takes some five minutes on two cores."""
+    """Build Kubernetes from Debian's source package; takes some seven minutes on two cores."""
     source = folder / "go" / "src" / "k8s.io" / "kubernetes"
     if not source.exists():
         apt = folder / "apt"
@@ -84,9 +85,10 @@ def build(folder: Path) -> None:
     # The one generated file that the source lacks: the schemas of all objects.
     generator = folder / "bin" / "openapi-gen"
     compile_one("./vendor/k8s.io/kube-openapi/cmd/openapi-gen", generator)
-    tagged = run("grep", "-rl", "--include=*.go", "+k8s:openapi-gen=true", "pkg", "vendor/k8s.io/", cwd=source)
+    tagged = run("grep", "-rl", "--include=*.go", "+k8s:openapi-gen=true", "pkg", "staging/src", cwd=source)
     others = re.compile(r"sample-apiserver|/testdata/|_examples|/code-generator/|kube-openapi")
-    packages = {str(Path(line).parent) for line in tagged.splitlines() if not others.search(line)}
+    files = [line.replace("staging/src", "vendor") for line in tagged.splitlines() if not others.search(line)]
+    packages = {str(Path(file).parent) for file in files}
     run(
         generator, "-i", ",".join(f"k8s.io/kubernetes/{package}" for package in sorted(packages)),
         "-p", "k8s.io/kubernetes/pkg/generated/openapi", "-O", "zz_generated.openapi",
@@ -109,7 +111,7 @@ def pack(folder: Path, names: Iterable[str], roots: Path) -> Path:
                 layers[key] = path, hashlib.file_digest(file, "sha256").hexdigest()
         return layers[key]
 
-    known = stand_ins(roots) | {"pause": Image(roots / "servers", entrypoint=("sleep", "infinity"))}
+    known = stand_ins(roots) | {"pause": Image(roots / "servers", entrypoint=("/bin/sleep", "infinity"))}
     manifest, configs = [], {}
     for name in (*names, PAUSE):
         image = known[short_name(name)]
@@ -180,6 +182,10 @@ class Node:
                 with suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
         subprocess.run(["pkill", "-f", f"containerd-shim.*{self.folder}"], check=False)
+        for group in Path("/sys/fs/cgroup").glob(f"*/{self.cgroup}"):
+            for folder, _, _ in os.walk(group, topdown=False):
+                with suppress(OSError):
+                    Path(folder).rmdir()
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         command = [Path(sys.executable).parent / "kubectl", "--kubeconfig", self.kubeconfig, *arguments]
@@ -214,12 +220,16 @@ class Node:
             self._processes.append(subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
         return self._processes[-1]
 
-    def _until(self, done: object, what: str, timeout_s: float = 120) -> None:
+    def _until(self, done: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
-        while not done():  # type: ignore[operator]
-            ended = [process.args for process in self._processes if process.poll() is not None]
-            if ended or time.monotonic() > deadline:
-                raise PodError(f"not {what} after {timeout_s:.0f} s; see {self.folder / 'log'} {ended}")
+        while not done():
+            ended = [process for process in self._processes if process.poll() is not None]
+            if ended:
+                name = Path(next(iter(ended[0].args))).name  # type: ignore[arg-type]
+                tail = (self.folder / "log" / name).read_text().splitlines()[-8:]
+                raise PodError("\n      | ".join([f"{name} ended:", *(line[:300] for line in tail)]))
+            if time.monotonic() > deadline:
+                raise PodError(f"not in {timeout_s:.0f} s: {what}")
             time.sleep(0.5)
 
     def _network(self) -> None:
@@ -354,20 +364,19 @@ class Node:
                     server.send_signal(signal.SIGHUP)
 
 
-def _names(found: list[dict[str, dict[str, object]]]) -> Iterable[tuple[str, str]]:
-    endpoints = {_full(item): item.get("subsets") or [] for item in found if item["kind"] == "Endpoints"}  # type: ignore[comparison-overlap]
-    for item in found:
-        if item["kind"] == "Service":  # type: ignore[comparison-overlap]
-            address = str(item["spec"]["clusterIP"])
-            if address != "None":
-                yield address, _full(item)
-            else:
-                for subset in endpoints.get(_full(item), ()):
-                    for entry in subset.get("addresses", ()):  # type: ignore[attr-defined]
-                        yield entry["ip"], _full(item)
+def _names(found: list[Any]) -> Iterable[tuple[str, str]]:
+    """Give address and name of each Service, and of each pod behind a headless one."""
+    endpoints = {_full(item): item.get("subsets") or [] for item in found if item["kind"] == "Endpoints"}
+    for service in (item for item in found if item["kind"] == "Service"):
+        name, address = _full(service), service["spec"]["clusterIP"]
+        if address != "None":
+            yield address, name
+        else:
+            for subset in endpoints.get(name, ()):
+                yield from ((entry["ip"], name) for entry in subset.get("addresses", ()))
 
 
-def _full(item: dict[str, dict[str, object]]) -> str:
+def _full(item: Any) -> str:
     return f"{item['metadata']['name']}.{item['metadata']['namespace']}"
 
 
@@ -388,7 +397,7 @@ def for_an_old_release(deploy: Path) -> None:
 class OldCluster(Cluster):
     """A cluster whose controllers own what they default, so that applying again is a conflict: mended in 1.22."""
 
-    def _kubectl(self, *arguments: str, stdin: list[dict[str, object]] | None = None) -> list[str]:
+    def _kubectl(self, *arguments: str, stdin: list[dict[str, Any]] | None = None) -> list[str]:
         force = ("--force-conflicts",) if arguments[0] == "apply" else ()
         return super()._kubectl(*arguments, *force, stdin=stdin)
 
