@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from mlplatform.rollouts import (
     PATIENCE_S,
     Patience,
     Workload,
+    belongs,
     describe,
     is_hopeless,
     is_ready,
@@ -171,10 +172,12 @@ class Cluster:
                 ("Job", batch.list_namespaced_job(self.namespace, label_selector=PART_OF).items),
             ]
         found = [workload_of(kind, item, pods, replica_sets) for kind, items in sets for item in items]
-        return [entry if entry.done or entry.reason else self._explained(entry) for entry in found]
+        return [entry if entry.done or entry.reason else self._explained(entry, pods) for entry in found]
 
-    def _explained(self, workload: Workload) -> Workload:
-        """Add why no pod of a workload was made, which only its events tell: a quota, or an admission that refuses."""
+    def _explained(self, workload: Workload, pods: Sequence[Any]) -> Workload:
+        """Add why pods are not made, which only events tell: a quota, or an admission that refuses."""
+        if sum(belongs(pod, workload.name) for pod in pods) >= workload.wanted:
+            return workload
         events = self._events(workload.name, "FailedCreate")
         return replace(workload, reason=f"FailedCreate: {events[-1].message}"[:300]) if events else workload
 

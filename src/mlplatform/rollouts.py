@@ -71,7 +71,7 @@ def workload_of(kind: str, item: Any, pods: Sequence[Any], replica_sets: Sequenc
         replica_sets: The namespace's ReplicaSets, which tell a Deployment's pods of today from earlier ones.
     """
     status, name = item.status, item.metadata.name
-    own = _current(kind, item, [pod for pod in pods if _belongs(pod, name)], replica_sets)
+    own = _current(kind, item, [pod for pod in pods if belongs(pod, name)], replica_sets)
     restarts = sum(entry.restart_count for pod in own for entry in _container_statuses(pod))
     conditions = {condition.type: condition for condition in status.conditions or ()}
     if kind == "Job":
@@ -138,7 +138,7 @@ def pod_to_blame(pods: Sequence[Any], workload: Workload) -> Any:
     own = [
         pod
         for pod in pods
-        if _belongs(pod, workload.name) and not pod.metadata.deletion_timestamp and pod.status.phase != "Succeeded"
+        if belongs(pod, workload.name) and not pod.metadata.deletion_timestamp and pod.status.phase != "Succeeded"
     ]
     unready = sorted((pod for pod in own if not is_ready(pod)), key=lambda pod: str(pod.metadata.creation_timestamp))
     return max(unready, key=lambda pod: _reason([pod]) == workload.reason, default=None)
@@ -162,7 +162,7 @@ def is_ready(pod: Any) -> bool:
     return any(entry.type == "Ready" and entry.status == "True" for entry in pod.status.conditions or ())
 
 
-def _belongs(pod: Any, name: str) -> bool:
+def belongs(pod: Any, name: str) -> bool:
     """Say whether a pod is a workload's: our workloads give their pods their own name as label."""
     return bool((pod.metadata.labels or {}).get("app.kubernetes.io/name") == name)
 
@@ -175,7 +175,7 @@ def _current(kind: str, item: Any, pods: list[Any], replica_sets: Sequence[Any])
         label, hashes = "pod-template-hash", {
             entry.metadata.labels["pod-template-hash"]
             for entry in replica_sets
-            if _belongs(entry, item.metadata.name) and (entry.metadata.annotations or {}).get(revision) == wanted
+            if belongs(entry, item.metadata.name) and (entry.metadata.annotations or {}).get(revision) == wanted
         }  # fmt: skip
     else:
         update = item.status.update_revision if kind == "StatefulSet" else None

@@ -358,6 +358,14 @@ def test_why_no_pod_is_made_is_said_early(fake: FakeCluster, overlay: Path) -> N
     assert "  event FailedCreate: pods redis-0 is forbidden: exceeded quota" in lines
 
 
+def test_a_refusal_of_earlier_is_not_held_against_pods_that_were_made_since(fake: FakeCluster, overlay: Path) -> None:
+    cluster = Cluster(overlay)
+    cluster.up()
+    fake.refused["redis"], fake.pods["redis"] = "exceeded quota, an hour ago", ["redis-0"]
+    (redis,) = (workload for workload in cluster.workloads() if workload.name == "redis")
+    assert (redis.done, redis.reason) == (False, "")
+
+
 def test_an_image_that_can_not_be_pulled_ends_the_wait_early(fake: FakeCluster, overlay: Path) -> None:
     fake.waiting["feature-server"] = "ImagePullBackOff"
     begun = time.monotonic()
