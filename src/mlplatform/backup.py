@@ -28,19 +28,20 @@ def save(store: Any, folder: Path, *, databases: Iterable[Path] = ()) -> int:
 
     Args:
         store: A boto3 S3 client.
-        folder: Where to; it must not be there yet, or be empty.
+        folder: Where to; it must not be there yet.
         databases: SQLite files, which may be in use.
 
     Returns:
         How many objects the copy holds.
 
     Raises:
-        DataError: The folder holds something.
+        DataError: The folder is there.
         MissingObjectError: A database or a bucket is not there.
         ServiceDownError: The object store does not answer.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise DataError(f"{folder} holds something already; name a new folder for each copy")
+    folder = folder.resolve()
+    if folder.exists():
+        raise DataError(f"{folder} is there already; name a new folder for each copy")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     (part / "databases").mkdir(parents=True)

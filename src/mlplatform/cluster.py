@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from base64 import b64decode
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,16 @@ from typing import Any
 
 import yaml
 
-from mlplatform.cluster_secrets import FOLDER, VALUES, read_env, read_kustomization, wanted_files, write_secrets
+from mlplatform.cluster_secrets import (
+    FOLDER,
+    PREVIOUS,
+    VALUES,
+    missing_file,
+    read_env,
+    read_kustomization,
+    wanted_files,
+    write_secrets,
+)
 from mlplatform.errors import ClusterError
 from mlplatform.forwards import SERVICES, Forward, Target, forwarded_settings, local_port
 from mlplatform.rollouts import (
@@ -280,17 +290,21 @@ class Cluster:
         ]  # fmt: skip
 
     def _check_secrets(self) -> None:
-        """Refuse to make secrets for a platform that has some: new ones would lock everybody out of its data."""
-        values = self.overlay / FOLDER / VALUES
-        if values.exists():
+        """Refuse to give a platform other secrets than it has: new ones would lock everybody out of its data."""
+        if not wanted_files(self.overlay):
             return
+        file = self.overlay / FOLDER / VALUES
+        values = read_env(file) if file.exists() else {}
         with _translated(self.context):
             core = _api(self._client, "CoreV1Api")
             claims = core.list_namespaced_persistent_volume_claim(self.namespace).items
-        if claims:
+            found = core.list_namespaced_secret(self.namespace, field_selector="metadata.name=platform-client").items
+        keys = {b64decode(secret.data["AWS_ACCESS_KEY_ID"]).decode() for secret in found}
+        ours = {values.get("S3_ACCESS_KEY"), values.get("S3_ACCESS_KEY" + PREVIOUS)}
+        if (claims and not values) or not keys <= ours:
             raise ClusterError(
-                f"{self.context} holds data of this platform, and the secrets that it was made with are not here; put "
-                f"{values} back, from where your team keeps it, or delete the data: make k8s-down DATA=delete"
+                f"the platform on {self.context} was made with other secrets than {file.parent} holds; "
+                "put that folder back from where your team keeps it"
             )
 
     def _delete_jobs(self, manifests: list[Manifest]) -> None:
@@ -304,8 +318,8 @@ class Cluster:
         core = _api(self._client, "CoreV1Api")
         with _translated(self.context):
             pods = core.list_namespaced_pod(self.namespace, label_selector=PART_OF).items
-        # One that only waits for another has no reason of its own, or is merely late.
-        first, *others = sorted(workloads, key=lambda workload: (not is_hopeless(workload), not workload.reason))
+        # Others may only wait for these.
+        first, *others = sorted(workloads, key=lambda each: (not is_hopeless(each), not each.failed, not each.reason))
         for workload in [first, *(other for other in others if other.reason)]:
             pod = pod_to_blame(pods, workload)
             name = str(pod.metadata.name) if pod else workload.name
@@ -363,7 +377,7 @@ def render(overlay: Path) -> list[Manifest]:
     """
     for name in sorted(wanted_files(overlay)):
         if not (overlay / FOLDER / name).exists():
-            raise ClusterError(f"the secret file {overlay / FOLDER / name} is missing; run 'make k8s-secrets'")
+            raise ClusterError(missing_file(overlay / FOLDER / name))
     outcome = subprocess.run([_kubectl_path(), "kustomize", str(overlay)], capture_output=True, text=True, check=False)
     if outcome.returncode:
         raise ClusterError(f"{overlay} can't be rendered: {' '.join(outcome.stderr.split())}")

@@ -1,8 +1,8 @@
 """The secrets of a cluster: random values made once, and the files that the manifests' generators read.
 
 `values.env` beside the derived files holds every value; the rest only arranges them for MLflow, Redis, SeaweedFS and
-Postgres, and is made anew when values or overlay change, unless somebody edited it. All of it lies in an overlay's
-git-ignored `secrets` folder, readable by its owner alone.
+Postgres. A derived file is made anew when values or overlay change, unless somebody edited it, and by a rotation in any
+case. All of it lies in an overlay's git-ignored `secrets` folder, readable by its owner alone.
 """
 
 from __future__ import annotations
@@ -206,8 +206,16 @@ def read_env(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text().splitlines()
     except FileNotFoundError:
-        raise ClusterError(f"the secret file {path} is missing; run 'make k8s-secrets'") from None
+        raise ClusterError(missing_file(path)) from None
     return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+
+def missing_file(path: Path) -> str:
+    """Say that a secret file is missing, and what to do."""
+    return (
+        f"the secret file {path} is missing; run 'make k8s-secrets' for a new cluster, "
+        "or put the folder back from where your team keeps it"
+    )
 
 
 def _check_groups(groups: Iterable[str]) -> None:
@@ -284,12 +292,12 @@ def _write(folder: Path, texts: Mapping[str, str], *, anyway: Collection[str], n
         if present == text:
             path.chmod(0o600)
         elif edited and name not in anyway:
-            notify(f"kept {path}, which somebody edited; delete it to have it made anew")
+            notify(f"kept {path}, which was edited or is of an earlier version; delete it to have it made anew")
             continue
         else:
             write_private(path, text)
             written.append(path)
-            notify(f"wrote {path}")
+            notify(f"wrote {path}" + (", over what somebody had edited" if edited and name != VALUES else ""))
         digests[name] = _digest(text)
     write_private(record, json.dumps(digests, indent=2) + "\n")
     return written

@@ -26,7 +26,7 @@ def resolve(images: Iterable[str], *, scheme: str = "https", timeout_s: float = 
     """Find the digest of each image's tag.
 
     Args:
-        images: Names with registry and tag, such as `docker.io/library/redis:8.2.3-bookworm`. Names without a
+        images: Names with registry and tag, such as `docker.io/library/redis:8.2.7-bookworm`. Names without a
             registry are passed over: they are built here.
         scheme: How registries are asked.
         timeout_s: How long one answer may take, in seconds.

@@ -23,6 +23,8 @@ HOPELESS = {
     # A node or a volume may be on its way.
     "Unschedulable": 5,
 }
+# For how long a trouble has to be away to count as passed, in seconds.
+FORGOTTEN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ def workload_of(kind: str, item: Any, pods: Sequence[Any], replica_sets: Sequenc
 class Patience:
     """Tells when waiting for a workload is in vain.
 
-    A container that crashes now and then is well in between, so a trouble counts from when it was first seen until
-    it was away for as long as our patience lasts.
+    A container that crashes now and then is well in between, so a trouble counts from when it was first seen, unless
+    it was away for a minute.
 
     Args:
         patience_s: How long a reason that seldom passes by itself is given, in seconds.
@@ -110,7 +112,7 @@ class Patience:
 
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
-        self._troubles: dict[str, tuple[float, float]] = {}
+        self._troubles: dict[tuple[str, str], tuple[float, float]] = {}
 
     def is_over(self, workload: Workload, now: float) -> bool:
         """Say whether a workload that is not done should be given up.
@@ -119,13 +121,14 @@ class Patience:
             workload: What it has reached.
             now: A monotonic time, in seconds; later at each call.
         """
-        since, last = self._troubles.get(workload.name, (now, now))
-        if not is_hopeless(workload):
-            if now - last > self._patience_s:
-                self._troubles.pop(workload.name, None)
+        if workload.failed or not is_hopeless(workload):
             return workload.failed
-        self._troubles[workload.name] = (since, now)
-        return workload.failed or now - since >= self._patience_s * HOPELESS[_word(workload.reason)]
+        trouble = workload.name, _word(workload.reason)
+        since, last = self._troubles.get(trouble, (now, now))
+        if now - last > FORGOTTEN_S:
+            since = now
+        self._troubles[trouble] = since, now
+        return now - since >= self._patience_s * HOPELESS[_word(workload.reason)]
 
 
 def is_hopeless(workload: Workload) -> bool:
@@ -140,8 +143,12 @@ def pod_to_blame(pods: Sequence[Any], workload: Workload) -> Any:
         for pod in pods
         if belongs(pod, workload.name) and not pod.metadata.deletion_timestamp and pod.status.phase != "Succeeded"
     ]
-    unready = sorted((pod for pod in own if not is_ready(pod)), key=lambda pod: str(pod.metadata.creation_timestamp))
-    return max(unready, key=lambda pod: _reason([pod]) == workload.reason, default=None)
+    unready = [pod for pod in own if not is_ready(pod)]
+    return max(
+        unready,
+        key=lambda pod: (_reason([pod]) == workload.reason, str(pod.metadata.creation_timestamp)),
+        default=None,
+    )
 
 
 def unready_container(pod: Any) -> str:

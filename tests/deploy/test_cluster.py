@@ -269,10 +269,21 @@ def test_new_secrets_are_not_made_for_a_cluster_that_holds_data(fake: FakeCluste
     Cluster(overlay).up()
     before = dict(fake.objects)
     shutil.rmtree(overlay / "secrets")
-    with pytest.raises(ClusterError, match=r"kind-test holds data .* put .*values\.env back"):
+    refused = r"on kind-test was made with other secrets than .*/secrets holds; put that folder back"
+    with pytest.raises(ClusterError, match=refused):
         Cluster(overlay).up()
     assert not (overlay / "secrets").exists()
+    # Nor are those of somebody who made some, as an error message may have told them to.
+    write_secrets(overlay)
+    with pytest.raises(ClusterError, match=refused):
+        Cluster(overlay).up()
     assert fake.objects == before
+
+
+def test_a_rotation_is_no_other_platform(fake: FakeCluster, overlay: Path) -> None:
+    for change in ({}, {"rotate": ["object-store"]}, {"retire": ["object-store"]}):
+        write_secrets(overlay, **change)
+        Cluster(overlay).up()
 
 
 def test_the_namespace_is_the_overlays(fake: FakeCluster, overlay: Path) -> None:

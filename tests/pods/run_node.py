@@ -63,7 +63,7 @@ def build(folder: Path) -> None:
     if not source.exists():
         apt = folder / "apt"
         for part in ("lists/partial", "cache/archives/partial"):
-            (apt / part).mkdir(parents=True)
+            (apt / part).mkdir(parents=True, exist_ok=True)
         where = run("apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", "Suite: oldstable")
         where = where or run("apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages")
         (apt / "list").write_text(f"deb-src {where.split()[0]} bookworm main\n")
@@ -71,7 +71,7 @@ def build(folder: Path) -> None:
         options += [f"-oDir::Etc::sourcelist={apt / 'list'}", "-oDir::Etc::sourceparts=/dev/null"]
         run("apt-get", *options, "update")
         run("apt-get", *options, "source", "--download-only", "kubernetes", cwd=apt)
-        source.parent.mkdir(parents=True)
+        source.parent.mkdir(parents=True, exist_ok=True)
         run("tar", "-C", source.parent, "-xf", next(apt.glob("kubernetes_*.orig.tar.gz")))
         (source.parent / f"kubernetes-{VERSION}").rename(source)
     go = {**os.environ, "GOPATH": str(folder / "go"), "GO111MODULE": "off", "CGO_ENABLED": "0", "GOFLAGS": ""}
@@ -416,18 +416,23 @@ def show(node: Node, overlay: Path, output: Path) -> None:
     servers = "app.kubernetes.io/component notin (buckets,schema,notebooks)"
     before = node.pods(servers)
     cluster.up()
-    if node.pods(servers) != before:
+    if not before or node.pods(servers) != before:
         raise PodError(f"k8s-up again replaced pods: {before ^ node.pods(servers)}")
 
     step("the notebooks through forwards, while pods that they use are deleted")
     with cluster.forwarded({}) as settings:
         os.environ.update(settings.to_env())
         hasten_feast()
-        threading.Thread(target=delete_pods, args=(node,), daemon=True).start()
+        deleted: list[str] = []
+        deleting = threading.Thread(target=delete_pods, args=(node, deleted), daemon=True)
+        deleting.start()
         chain = notebooks.find_notebooks(REPOSITORY / "notebooks")
         for execution in notebooks.run_all(chain, output, notify=print):
             if execution.error or execution.skipped:
                 raise PodError(f"{execution.name}: {execution.error or 'not run'}")
+        deleting.join()
+        if not deleted:
+            raise PodError("no pod was deleted while the notebooks ran")
 
     step("an image that is not there, and its repair")
     files = [
@@ -455,20 +460,22 @@ def show(node: Node, overlay: Path, output: Path) -> None:
         cluster.up()
     except ClusterError as error:
         print(f"    as it must: {error}")
+        if "other secrets" not in str(error):
+            raise
     else:
         raise PodError("k8s-up made new secrets for old data")
     cluster.down(delete_data=True)
     step("done")
 
 
-def delete_pods(node: Node) -> None:
-    """Delete a pod of each kind that a run leans on, as a drain does, once the run is under way."""
+def delete_pods(node: Node, deleted: list[str]) -> None:
+    """Delete a pod of each kind that a run leans on and has two of, as a drain does, once the run is under way."""
     for name in ("mlflow", "redis-proxy", "redis"):
-        time.sleep(25)
+        time.sleep(20)
         pods = sorted(node.pods(f"app.kubernetes.io/name={name}"))
         if len(pods) > 1:
             print(f"    deleting {pods[0]}", flush=True)
-            node.kubectl("delete", "-n", "mlplatform", pods[0])
+            deleted += node.kubectl("delete", "-n", "mlplatform", pods[0]).splitlines()
 
 
 def main() -> int:
@@ -478,10 +485,15 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to build, and to find what was built before")
     options = parser.parse_args()
     missing = [
-        name for name in ("etcd", "containerd", "go", "dnsmasq", "iptables", "openssl") if not shutil.which(name)
+        name
+        for name in ("etcd", "containerd", "go", "dnsmasq", "iptables", "mmdebstrap", "openssl")
+        if not shutil.which(name)
     ]
     if os.geteuid() or missing:
         print(f"error: this needs root on Debian 12 and its packages {' '.join(PACKAGES)}", file=sys.stderr)
+        return 1
+    if Path("/sys/fs/cgroup/cgroup.controllers").exists():
+        print("error: this needs control groups v1: boot with systemd.unified_cgroup_hierarchy=0", file=sys.stderr)
         return 1
     warnings.filterwarnings("ignore", category=ResourceWarning)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -490,6 +502,9 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     node = Node(folder / "bin", scratch / "node")
     begun = time.monotonic()
+    # The kubelet's mounts have to reach the containers, and none of them the machine.
+    unshare_mounts()
+    run("mount", "--make-rshared", "/")
     try:
         if not all((folder / "bin" / program).exists() for program in PROGRAMS):
             build(folder)
@@ -499,8 +514,6 @@ def main() -> int:
         make_roots(scratch / "roots")
         archive = pack(scratch, images(render(overlay)), scratch / "roots")
         print(f"images are packed after {time.monotonic() - begun:.0f} s", flush=True)
-        unshare_mounts()
-        run("mount", "--make-rshared", "/")
         leave_the_machines_network()
         node.folder.mkdir()
         node.start(archive)

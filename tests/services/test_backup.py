@@ -89,7 +89,7 @@ def test_a_copy_that_ended_early_is_none_and_the_next_one_starts_anew(
 
 def test_a_copy_is_not_mixed_with_an_older_one(platform: Settings, tmp_path: Path) -> None:
     backup.save(client(), tmp_path / "copy")
-    with pytest.raises(DataError, match=r"copy holds something already; name a new folder"):
+    with pytest.raises(DataError, match=r"copy is there already; name a new folder"):
         backup.save(client(), tmp_path / "copy")
 
 
@@ -100,7 +100,7 @@ def test_restoring_from_nothing_says_so(platform: Settings, tmp_path: Path, caps
 
 def test_saving_a_database_that_is_not_there_says_so(platform: Settings, tmp_path: Path) -> None:
     with pytest.raises(MissingObjectError, match="no database at"):
-        backup.save(client(), tmp_path, databases=[tmp_path / "nothing.db"])
+        backup.save(client(), tmp_path / "copy", databases=[tmp_path / "nothing.db"])
 
 
 def test_restoring_into_a_bucket_that_is_not_there_copies_nothing(platform: Settings, tmp_path: Path) -> None:
