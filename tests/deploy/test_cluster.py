@@ -289,9 +289,10 @@ def test_a_rotation_is_no_other_platform(fake: FakeCluster, overlay: Path) -> No
 def test_the_namespace_is_the_overlays(fake: FakeCluster, overlay: Path) -> None:
     file = overlay / "kustomization.yaml"
     file.write_text(file.read_text().replace("namespace: mlplatform", "namespace: team-b"))
-    Cluster(overlay).up()
-    paths = {path for method, path, _ in fake.requests if method == "PATCH"}
-    assert all("/namespaces/team-b" in path for path in paths)
+    for _ in range(2):
+        Cluster(overlay).up()
+    assert {path.split("/namespaces/")[1].split("/")[0] for _, path, _ in fake.requests} == {"team-b"}
+    assert "DELETE" in {method for method, _, _ in fake.requests}
     file.write_text(file.read_text().replace("namespace: team-b\n", ""))
     with pytest.raises(ClusterError, match=r"kustomization\.yaml names no namespace"):
         Cluster(overlay)
