@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,9 +152,7 @@ def ui(_: argparse.Namespace) -> None:
 
 def features(options: argparse.Namespace) -> None:
     """Register the features and materialise them to the online store."""
-    with _platform(options, ()) as settings:
-        os.environ.update(settings.to_env())
-        hasten_feast()
+    with _platform(options, ()):
         from mlplatform.features import build
 
         build(notify=_say)
@@ -180,8 +178,6 @@ def run(options: argparse.Namespace) -> int:
         notebooks.check_parameters(path, parameters.get(path.stem, {}))
     output = (options.output or root / "build" / "notebooks").resolve()
     with _platform(options, {name for path in chosen for name in notebooks.services(path)}) as settings:
-        os.environ.update(settings.to_env())
-        hasten_feast()
         executions = notebooks.run_all(chosen, output, parameters=parameters, notify=_say)
         _summarise(executions, settings, output, options.platform)
     return int(any(execution.error or execution.skipped for execution in executions))
@@ -189,14 +185,18 @@ def run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _platform(options: argparse.Namespace, services: Collection[str]) -> Iterator[Settings]:
-    """Reach the platform asked for, for as long as the block runs."""
-    if options.platform == "k8s":
-        with cluster_cli.forwarded(options) as settings:
-            yield settings
-    elif options.platform == "env":
+    """Reach the platform asked for, and let every library in this process find it, for as long as the block runs."""
+    if options.platform == "env":
         yield connect()
-    else:
-        yield _embedded().up(also=services, notify=_say)
+        return
+    with (
+        cluster_cli.forwarded(options)
+        if options.platform == "k8s"
+        else nullcontext(_embedded().up(also=services, notify=_say))
+    ) as settings:
+        os.environ.update(settings.to_env())
+        hasten_feast()
+        yield settings
 
 
 def _embedded() -> Embedded:
