@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PLATFORM ?= embedded
 OVERLAY ?= local
 CLUSTER = --overlay $(OVERLAY) $(if $(CONTEXT),--context '$(CONTEXT)') $(if $(YES),--yes)
-CLI = $(BIN)/python -m mlplatform
+CLI = $(BIN)/python -m mlplatform_ops
 
 ##@ Start here
 .PHONY: help run test

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mlplatform import notebooks
-from mlplatform.embedded import Embedded
 from mlplatform.settings import STATE_VARIABLE, VARIABLES, Settings
+from mlplatform_ops import runner as notebooks
+from mlplatform_ops.embedded.platform import Embedded
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,40 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import redis
-import requests
 from feast import FeatureService, FeatureStore
 from feast.errors import FeastObjectNotFoundException
 from feast.repo_config import load_repo_config
 from feast.repo_operations import apply_total
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
 from mlplatform import history, objectstore
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, RegistryError, ServiceDownError
+from mlplatform.feast_plugins.compute_engine import PipelinedComputeEngine, Written
+from mlplatform.feature_client import _NEXT, SERVICE, checked_users, online_frame
 from mlplatform.history import USER_ID, WINDOW_END, WINDOW_START
 from mlplatform.income import read_income
-from mlplatform.materialization import PipelinedComputeEngine, Written
 from mlplatform.settings import FEATURES_BUCKET, find_root
 
-SERVICE = "income_v1"
-FOUND = "found"
 # One day past the window, so that its last moments are in.
 MATERIALISE_END = WINDOW_END + pd.Timedelta(days=1)
 
 Notify = Callable[[str], None]
-_NEXT = "run 'make features'"
-# A forward to a cluster that drops is back within three seconds; MLflow's, boto3's and Redis's clients wait as well.
-_PATIENCE = Retry(3, read=1, backoff_factor=0.5, allowed_methods=None)
 
 
 def source_uri(view: str) -> str:
@@ -221,104 +212,16 @@ def read_online(store: FeatureStore, users: Sequence[str], features: str | Seque
         RegistryError: As in `point_in_time`.
         ServiceDownError: The online store does not answer.
     """
-    rows = [{USER_ID: user} for user in _checked(users)]
+    rows = [{USER_ID: user} for user in checked_users(users)]
     with _translated(store.config.online_store.connection_string, store):
         answer = store.get_online_features(features=_resolve(store, features), entity_rows=rows)
     columns = answer.to_dict(include_event_timestamps=True)
     names = [name for name in columns if name != USER_ID and not name.endswith("__ts")]
-    return _online_frame(
+    return online_frame(
         users,
         {name: columns[name] for name in names},
         [[moment > 0 for moment in columns[f"{name}__ts"]] for name in names],
     )
-
-
-def read_server(
-    users: Sequence[str],
-    features: str | Sequence[str] = SERVICE,
-    *,
-    environ: Mapping[str, str] = os.environ,
-    timeout_s: float = 10.0,
-) -> pd.DataFrame:
-    """Read the same as `read_online` over HTTP, from the feature server.
-
-    Args:
-        users: User ids.
-        features: As in `point_in_time`.
-        environ: Where `FEATURE_SERVER_URL` and, if the server wants one, `FEATURE_SERVER_TOKEN` are looked up.
-        timeout_s: How long the server may take, in seconds; a connection that breaks is tried again, within 3 s.
-
-    Returns:
-        As `read_online`.
-
-    Raises:
-        DataError: As in `read_online`.
-        RegistryError: The server knows no such service, view or feature.
-        CredentialsError: The server wants another token.
-        ServiceDownError: The server does not answer, or fails.
-    """
-    url = environ["FEATURE_SERVER_URL"]
-    asked = {"feature_service": features} if isinstance(features, str) else {"features": list(features)}
-    token = environ.get("FEATURE_SERVER_TOKEN")
-    try:
-        with requests.Session() as session:
-            session.mount(url, HTTPAdapter(max_retries=_PATIENCE))
-            reply = session.post(
-                f"{url}/get-online-features",
-                json={**asked, "entities": {USER_ID: list(_checked(users))}},
-                headers={"Authorization": f"Bearer {token}"} if token else {},
-                timeout=timeout_s,
-            )
-    except requests.RequestException as error:
-        raise ServiceDownError(f"the feature server at {url} does not answer; run 'make serve'") from error
-    if reply.status_code == 401:
-        raise CredentialsError(f"the feature server at {url} refuses the token; check FEATURE_SERVER_TOKEN")
-    if not reply.ok:
-        reason = " ".join(reply.text.split())[:200]
-        kind = RegistryError if reply.status_code in {404, 422} or "not found" in reason else ServiceDownError
-        raise kind(f"the feature server at {url} answers {reply.status_code} ({reason}); check the names, or {_NEXT}")
-    answer = reply.json()
-    named = dict(zip(answer["metadata"]["feature_names"], answer["results"], strict=True))
-    named.pop(USER_ID, None)
-    return _online_frame(
-        users,
-        {name: column["values"] for name, column in named.items()},
-        [[not moment.startswith("1970-01-01") for moment in column["event_timestamps"]] for column in named.values()],
-    )
-
-
-def require_found(online: pd.DataFrame) -> pd.DataFrame:
-    """Pass on what `read_online` or `read_server` returned if every user was found.
-
-    Returns:
-        The frame without its `found` column.
-
-    Raises:
-        RegistryError: A user is unknown to the online store; the message names the first ones.
-    """
-    unknown = online.loc[~online[FOUND], USER_ID].tolist()
-    if unknown:
-        names = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        raise RegistryError(f"the online store knows nothing of user {names}; check the id, or {_NEXT}")
-    return online.drop(columns=FOUND)
-
-
-def _online_frame(
-    users: Sequence[str], columns: Mapping[str, Sequence[Any]], stored: Sequence[Sequence[bool]]
-) -> pd.DataFrame:
-    found = [all(flags) for flags in zip(*stored, strict=True)]
-    # Feast answers in an order of its own, another one each time.
-    order = sorted(columns, key=lambda name: history.FEATURES.index(name) if name in history.FEATURES else -1)
-    return pd.DataFrame({USER_ID: list(users), FOUND: found, **{name: columns[name] for name in order}})
-
-
-def _checked(users: Sequence[str]) -> Sequence[str]:
-    if len(users) == 0:
-        raise DataError("no user was asked about; give at least one user_id")
-    wrong = [user for user in users if not isinstance(user, str)]
-    if wrong:
-        raise DataError(f"user ids are text, and {wrong[0]!r} is not; convert them with str")
-    return users
 
 
 def _resolve(store: FeatureStore, features: str | Sequence[str]) -> FeatureService | list[str]:

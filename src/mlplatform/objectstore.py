@@ -24,8 +24,9 @@ import pandas as pd
 import pyarrow
 from botocore.config import Config
 
+from mlplatform.connection import s3_client
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, ServiceDownError
-from mlplatform.settings import Settings, s3_client
+from mlplatform.settings import Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

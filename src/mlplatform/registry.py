@@ -21,7 +21,8 @@ from sklearn.pipeline import Pipeline
 
 from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError
 from mlplatform.income import COLUMNS
-from mlplatform.modeling import EXPERIMENT, SCORES
+from mlplatform.modeling import SCORES
+from mlplatform.tracking import EXPERIMENT
 
 MODEL_NAME = "income-above-50k"
 DESCRIPTION = (

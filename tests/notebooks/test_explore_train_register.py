@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from mlflow.entities import Run
 
-from mlplatform import income, modeling, notebooks, objectstore, registry
-from mlplatform.embedded import Embedded
+from mlplatform import income, modeling, objectstore, registry, results, tracking
+from mlplatform_ops.embedded.platform import Embedded
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 # Area under the ROC curve on the training and on the test rows of seed 42. The split is exact, the models nearly so.
@@ -25,17 +25,17 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def explored(executed: dict[str, Path]) -> dict[str, object]:
-    return notebooks.read_results(executed["01_explore_data"])
+    return results.read_results(executed["01_explore_data"])
 
 
 @pytest.fixture(scope="module")
 def trained(executed: dict[str, Path]) -> dict[str, dict]:
-    return notebooks.read_results(executed["02_train_models"])
+    return results.read_results(executed["02_train_models"])
 
 
 @pytest.fixture(scope="module")
 def registered(executed: dict[str, Path]) -> dict[str, object]:
-    return notebooks.read_results(executed["03_register_model"])
+    return results.read_results(executed["03_register_model"])
 
 
 @pytest.fixture(scope="module", params=EXPECTED)
@@ -102,7 +102,7 @@ def test_every_run_has_three_data_sets_that_load_back(run: Run) -> None:
     assert set(inputs) == {"training", "testing", "reference"}
     assert all(source.to_dict()["uri"].startswith("s3://mlflow-datasets/") for source in inputs.values())
     frames = {context: pd.read_parquet(source.load()) for context, source in inputs.items()}
-    assert [len(frames[context]) for context in modeling.CONTEXTS] == [24_129, 6_033, 30_162]
+    assert [len(frames[context]) for context in tracking.CONTEXTS] == [24_129, 6_033, 30_162]
     both = pd.concat([frames["training"], frames["testing"]])
     pd.testing.assert_series_equal(both.value_counts().sort_index(), frames["reference"].value_counts().sort_index())
 

@@ -11,7 +11,7 @@ import mlflow
 import pandas as pd
 import pytest
 
-from mlplatform import features, history, income, lineage, modeling, notebooks, objectstore, registry
+from mlplatform import features, history, income, lineage, modeling, objectstore, registry, results, tracking
 from mlplatform.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -19,17 +19,17 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def built(executed: dict[str, Path]) -> dict[str, Any]:
-    return notebooks.read_results(executed["04_build_features"])
+    return results.read_results(executed["04_build_features"])
 
 
 @pytest.fixture(scope="module")
 def retrieved(executed: dict[str, Path]) -> dict[str, Any]:
-    return notebooks.read_results(executed["05_retrieve_features"])
+    return results.read_results(executed["05_retrieve_features"])
 
 
 @pytest.fixture(scope="module")
 def predicted(executed: dict[str, Path]) -> dict[str, Any]:
-    return notebooks.read_results(executed["06_predict_income"])
+    return results.read_results(executed["06_predict_income"])
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_a_prediction_leads_back_to_the_data_its_model_was_trained_on(predicted:
     steps = lineage.trace(predicted["run_id"])
     assert steps.to_dict("records") == predicted["lineage"]
     assert steps["step"].tolist() == [
-        *(f"{context} data" for context in modeling.CONTEXTS),
+        *(f"{context} data" for context in tracking.CONTEXTS),
         "run",
         "model version",
         "feature service",

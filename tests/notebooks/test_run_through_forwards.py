@@ -12,10 +12,11 @@ import pytest
 from fake_cluster import serve, use
 from manifests import compose
 
-from mlplatform import notebooks
-from mlplatform.cluster import Cluster
-from mlplatform.cluster_secrets import FOLDER
+from mlplatform import results
 from mlplatform.settings import Settings
+from mlplatform_ops import runner as notebooks
+from mlplatform_ops.cluster.cluster import Cluster
+from mlplatform_ops.cluster.overlay import FOLDER
 
 ROOT = Path(__file__).parents[2]
 # Enough that the run is under way: its first pieces ask whether the servers are there, and it must not wait for those.
@@ -52,6 +53,6 @@ def test_a_run_goes_on_when_every_forward_drops_in_the_middle_of_it(
     assert execution.error == ""
     dropped = [line.replace(":", " ").split()[-1] for line in said if "dropped" in line]
     assert sorted(dropped) == sorted(PIECES)
-    again, before = (notebooks.read_results(path) for path in (execution.executed, executed["06_predict_income"]))
+    again, before = (results.read_results(path) for path in (execution.executed, executed["06_predict_income"]))
     assert again["single"] == before["single"]
     assert again["predictions"] == before["predictions"]

@@ -32,7 +32,7 @@ from typing import Any
 
 from seccomp import DEFAULT_PROFILE, runtime_default
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "deploy"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from manifests import (
     Manifest,

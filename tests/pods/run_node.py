@@ -40,10 +40,11 @@ from images import REPOSITORY, make_roots, stand_ins
 from manifests import compose, render
 from run_pods import leave_the_machines_network, unshare_mounts
 
-from mlplatform import notebooks
-from mlplatform.cluster import Cluster, images
+from mlplatform.connection import hasten_feast
 from mlplatform.errors import ClusterError
-from mlplatform.settings import hasten_feast
+from mlplatform_ops import runner as notebooks
+from mlplatform_ops.cluster.cluster import Cluster
+from mlplatform_ops.cluster.kubectl import images
 from pods import Image, PodError, run, short_name
 
 PACKAGES = (

@@ -35,7 +35,7 @@ from images import built_image, make_roots, stand_ins
 from manifests import Manifest, compose, of_kind, pod_spec, render, workloads
 from seccomp import DEFAULT_PROFILE
 
-from mlplatform.cluster_secrets import write_secrets
+from mlplatform_ops.cluster.credentials import write_secrets
 from pods import Cluster, Image, Pod, PodError, run, secret_data
 
 NEEDED = {"runc": "runc", "mmdebstrap": "mmdebstrap", "ip": "iproute2"}

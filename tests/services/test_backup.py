@@ -8,11 +8,12 @@ import boto3
 import mlflow
 import pytest
 
-from mlplatform import backup
-from mlplatform.embedded import Embedded, free_port
 from mlplatform.errors import DataError, MissingObjectError
 from mlplatform.objectstore import client
 from mlplatform.settings import DATASETS_BUCKET, Settings
+from mlplatform_ops import backup
+from mlplatform_ops.embedded.platform import Embedded
+from mlplatform_ops.ports import free_port
 
 
 def _store(settings: Settings) -> object:

@@ -18,9 +18,10 @@ import pytest
 import redis
 import requests
 
-from mlplatform.embedded import OWNER_VARIABLE, Embedded
+from mlplatform.connection import check_services, connect
 from mlplatform.errors import CredentialsError, ServiceDownError
-from mlplatform.settings import BUCKETS, Settings, check_services, connect
+from mlplatform.settings import BUCKETS, Settings
+from mlplatform_ops.embedded.platform import OWNER_VARIABLE, Embedded
 
 ROOT = Path(__file__).parents[2]
 
@@ -144,7 +145,7 @@ def test_connect_finds_the_embedded_platform_by_its_state_folder(embedded: Embed
 
 def test_the_printed_exports_let_a_shell_talk_to_the_platform(embedded: Embedded) -> None:
     script = (
-        'eval "$("$PYTHON" -m mlplatform env)" && "$PYTHON" -c "'
+        'eval "$("$PYTHON" -m mlplatform_ops env)" && "$PYTHON" -c "'
         "import boto3, redis, os; print(len(boto3.client('s3').list_buckets()['Buckets']));"
         "print(redis.Redis.from_url(os.environ['REDIS_URL']).ping())\""
     )
@@ -248,7 +249,7 @@ def test_jupyterlab_opens_for_its_token_alone_and_shows_it_once(embedded: Embedd
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "BROWSER": "true"}
     environ["MLPLATFORM_STATE"] = str(embedded.state)
     with (tmp_path / "log").open("w+") as log:
-        lab = subprocess.Popen([sys.executable, "-m", "mlplatform", "lab"], cwd=ROOT, env=environ, stderr=log)
+        lab = subprocess.Popen([sys.executable, "-m", "mlplatform_ops", "lab"], cwd=ROOT, env=environ, stderr=log)
         try:
             page = wait_for_line(log.name, "JupyterLab: ").removeprefix("JupyterLab: ")
             server, token = page.split("/lab?token=")

@@ -20,7 +20,7 @@ from uuid import uuid4
 import pytest
 import requests
 
-from mlplatform import features, history
+from mlplatform import feature_client, features, history
 from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError
 from mlplatform.settings import Settings
 
@@ -62,7 +62,7 @@ def built(platform: Settings) -> Settings:
 
 @pytest.fixture(scope="module")
 def server(built: Settings) -> Iterator[str]:
-    with running("mlplatform.feature_server", ROOT / "feature_repo") as url:
+    with running("mlplatform_ops.feast_servers.feature_server", ROOT / "feature_repo") as url:
         yield url
 
 
@@ -84,8 +84,8 @@ def test_the_documented_user_is_answered_as_documented(server: str):
 def test_over_http_and_through_the_sdk_the_answers_are_the_same(built: Settings, environ: dict[str, str]):
     store = features.open_store(ROOT / "feature_repo")
     users = [history.STEADY_USER, history.CHANGING_USER, "a-stranger"]
-    for names in (features.SERVICE, ["occupation:Education", "demographic:Sex"]):
-        by_http = features.read_server(users, names, environ=environ)
+    for names in (feature_client.SERVICE, ["occupation:Education", "demographic:Sex"]):
+        by_http = feature_client.read_server(users, names, environ=environ)
         assert by_http.equals(features.read_online(store, users, names))
         assert by_http["found"].tolist() == [True, True, False]
 
@@ -93,7 +93,7 @@ def test_over_http_and_through_the_sdk_the_answers_are_the_same(built: Settings,
 def test_without_the_token_nothing_is_read(server: str, environ: dict[str, str]):
     assert requests.post(f"{server}/get-online-features", json=STEADY, timeout=20).status_code == 401
     with pytest.raises(CredentialsError, match="refuses the token; check FEATURE_SERVER_TOKEN"):
-        features.read_server(["x"], environ={**environ, "FEATURE_SERVER_TOKEN": "other"})
+        feature_client.read_server(["x"], environ={**environ, "FEATURE_SERVER_TOKEN": "other"})
 
 
 def test_nothing_is_written(server: str):
@@ -105,12 +105,12 @@ def test_nothing_is_written(server: str):
 def test_a_misspelt_name_is_an_error_and_not_a_null(environ: dict[str, str]):
     for names in (["demografic:Sex"], ["demographic:Sexx"], "income_v9"):
         with pytest.raises(RegistryError, match=r"answers 4|answers 5"):
-            features.read_server(["x"], names, environ=environ)
+            feature_client.read_server(["x"], names, environ=environ)
 
 
 def test_a_server_that_is_not_there_is_named_with_what_to_run(environ: dict[str, str]):
     with pytest.raises(ServiceDownError, match="does not answer; run 'make serve'"):
-        features.read_server(["x"], environ={**environ, "FEATURE_SERVER_URL": "http://127.0.0.1:9"})
+        feature_client.read_server(["x"], environ={**environ, "FEATURE_SERVER_URL": "http://127.0.0.1:9"})
 
 
 def test_a_server_started_before_there_are_features_serves_them_as_soon_as_there_are(built: Settings, tmp_path: Path):
@@ -118,21 +118,21 @@ def test_a_server_started_before_there_are_features_serves_them_as_soon_as_there
     shutil.copytree(ROOT / "feature_repo", repo, ignore=shutil.ignore_patterns("__pycache__"))
     config = repo / "feature_store.yaml"
     config.write_text(config.read_text().replace("registry.db", f"late-{uuid4().hex}.db"))
-    with running("mlplatform.feature_server", repo) as url:
+    with running("mlplatform_ops.feast_servers.feature_server", repo) as url:
         environ = {"FEATURE_SERVER_URL": url, "FEATURE_SERVER_TOKEN": TOKEN}
         with pytest.raises(ServiceDownError, match=r"503 .*no features are registered yet; run 'make features'"):
-            features.read_server([history.STEADY_USER], environ=environ)
+            feature_client.read_server([history.STEADY_USER], environ=environ)
         features.apply(repo)
         deadline = time.monotonic() + 30
         while requests.get(f"{url}/health", timeout=5).json()["detail"] != "serving":
             assert time.monotonic() < deadline, "the server never noticed the registry"
             time.sleep(0.2)
         # The same project, so the values loaded before are there.
-        assert features.read_server([history.STEADY_USER], environ=environ)["found"].tolist() == [True]
+        assert feature_client.read_server([history.STEADY_USER], environ=environ)["found"].tolist() == [True]
 
 
 def test_the_ui_shows_what_is_registered_and_changes_nothing(built: Settings):
-    with running("mlplatform.feature_ui", ROOT / "feature_repo") as url:
+    with running("mlplatform_ops.feast_servers.feature_ui", ROOT / "feature_repo") as url:
         assert "Feast" in requests.get(f"{url}/p/income", timeout=20).text
         for kind, count in {"feature_views": 3, "feature_services": 1, "data_sources": 3}.items():
             answer = requests.get(f"{url}/api/v1/{kind}", params={"project": "income"}, timeout=20).json()

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import redis
 
-from mlplatform import features, history, objectstore
+from mlplatform import feature_client, features, history, objectstore
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, RegistryError, ServiceDownError
 from mlplatform.history import USER_ID, VIEWS
 from mlplatform.settings import Settings
@@ -46,7 +46,7 @@ class Scratch:
         path.write_text(text.replace(old, new))
 
     def use_stock_engine(self) -> None:
-        self._edit("feature_store.yaml", "mlplatform.materialization.PipelinedComputeEngine", "local")
+        self._edit("feature_store.yaml", "mlplatform.feast_plugins.compute_engine.PipelinedComputeEngine", "local")
 
     def write(self, *versions: tuple[str, pd.Timestamp, str]) -> None:
         """Give the views these versions, all features of a version having one value."""
@@ -111,7 +111,7 @@ def test_the_registry_holds_what_the_repository_describes(store, scratch: Scratc
     assert [(entity.name, entity.join_key, entity.value_type.name) for entity in store.list_entities()] == [
         ("user", "user_id", "STRING")
     ]
-    service = store.get_feature_service(features.SERVICE)
+    service = store.get_feature_service(feature_client.SERVICE)
     names = [field.name for view in service.feature_view_projections for field in view.features]
     assert sorted(names) == sorted(history.FEATURES)
 
@@ -221,8 +221,8 @@ def test_an_unknown_user_is_an_explicit_answer(store):
     answer = features.read_online(store, [ANN, "nobody"])
     assert answer["found"].tolist() == [True, False]
     with pytest.raises(RegistryError, match="knows nothing of user nobody; check the id, or run 'make features'"):
-        features.require_found(answer)
-    assert "found" not in features.require_found(answer.head(1)).columns
+        feature_client.require_found(answer)
+    assert "found" not in feature_client.require_found(answer.head(1)).columns
 
 
 def test_a_user_may_be_asked_about_twice(store):

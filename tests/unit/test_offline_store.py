@@ -19,8 +19,8 @@ from feast.types import Int64, String
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlplatform import offline_store
 from mlplatform.errors import DataError, MissingObjectError
+from mlplatform.feast_plugins import duckdb_s3, point_in_time
 
 TTL = timedelta(days=30)
 START = pd.Timestamp("2023-01-01", tz="UTC")
@@ -38,7 +38,7 @@ class Repo:
                 project="unit",
                 registry=str(folder / "registry.db"),
                 provider="local",
-                offline_store={"type": "mlplatform.offline_store.S3DuckDBOfflineStore"},
+                offline_store={"type": "mlplatform.feast_plugins.offline_store.S3DuckDBOfflineStore"},
                 online_store=None,
                 entity_key_serialization_version=3,
             )
@@ -236,7 +236,7 @@ def test_of_two_rows_at_one_moment_the_later_written_counts(tmp_path):
     at = [START.as_unit("us")] * 3
     written = [START + pd.Timedelta(days=day) for day in (1, 3, 2)]
     pd.DataFrame({"user_id": "ann", "at": at, "job": ["a", "b", "c"], "written": written}).to_parquet(path)
-    lookup = offline_store.Lookup(
+    lookup = point_in_time.Lookup(
         view="twice",
         uri=str(path),
         keys={"user_id": "user_id"},
@@ -247,7 +247,7 @@ def test_of_two_rows_at_one_moment_the_later_written_counts(tmp_path):
         ttl=None,
     )
     entities = pa.table({"user_id": ["ann"], "event_timestamp": pa.array([START], pa.timestamp("us", "UTC"))})
-    assert offline_store.point_in_time(entities, "event_timestamp", [lookup]).column("job").to_pylist() == ["b"]
+    assert point_in_time.point_in_time(entities, "event_timestamp", [lookup]).column("job").to_pylist() == ["b"]
 
 
 def test_a_file_is_read_anew_after_it_was_replaced(repo):
@@ -346,8 +346,8 @@ def test_the_secret_names_the_endpoint_and_quotes_what_it_is_given():
         "AWS_SECRET_ACCESS_KEY": "s",
         "AWS_DEFAULT_REGION": "here",
     }
-    assert offline_store._secret(environ) == (
+    assert duckdb_s3._secret(environ) == (
         "CREATE SECRET (TYPE s3, KEY_ID 'o''key', SECRET 's', REGION 'here', ENDPOINT 'store.example:9000', "
         "URL_STYLE 'path', USE_SSL true)"
     )
-    assert offline_store._secret({}) == "CREATE SECRET (TYPE s3)"
+    assert duckdb_s3._secret({}) == "CREATE SECRET (TYPE s3)"

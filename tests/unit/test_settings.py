@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mlplatform.embedded import free_port
+from mlplatform.connection import connect
 from mlplatform.errors import ServiceDownError, SettingsError
-from mlplatform.settings import VARIABLES, Settings, connect, state_folder
+from mlplatform.settings import VARIABLES, Settings, state_folder
+from mlplatform_ops.ports import free_port
 
 COMPLETE = {
     "MLFLOW_TRACKING_URI": "http://127.0.0.1:1",
@@ -113,7 +114,7 @@ def test_a_platform_that_is_down_is_said_and_leaves_the_environment_alone() -> N
 
 def test_feast_is_imported_without_being_compiled_twice() -> None:
     show = "import feast; print(feast.Entity.__init__.__code__.co_varnames)"
-    hasten = "from mlplatform.settings import hasten_feast; hasten_feast();"
+    hasten = "from mlplatform.connection import hasten_feast; hasten_feast();"
     plain, spared = (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         for code in (show, hasten + show)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import boto3
 
+from mlplatform.connection import connect
 from mlplatform.errors import ServiceDownError
-from mlplatform.settings import connect
 
 BUCKET = "executed-notebooks"
 OUTPUT = Path("build/notebooks")
@@ -36,8 +36,8 @@ def main() -> int:
     """Run, upload, and return the run's exit status."""
     wait()
     prefix = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
-    command = [sys.executable, "-m", "mlplatform", "run", "--platform", "env", "--output", str(OUTPUT), *sys.argv[1:]]
-    status = subprocess.run(command, check=False).returncode
+    command = [sys.executable, "-m", "mlplatform_ops", "run", "--platform", "env", "--output", str(OUTPUT)]
+    status = subprocess.run([*command, *sys.argv[1:]], check=False).returncode
     client = boto3.client("s3")
     files = [path for path in sorted(OUTPUT.rglob("*")) if path.is_file()]
     for path in files:

@@ -1,0 +1,1 @@
+"""The platform on a Kubernetes cluster, from this machine."""

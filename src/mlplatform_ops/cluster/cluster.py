@@ -1,0 +1,363 @@
+"""The platform on a Kubernetes cluster, from this machine: put it there, watch it, reach it, take it away.
+
+Rendering and applying is kubectl's work, which comes as a wheel; asking, waiting and explaining is done with the
+official client. No context is used without its name being shown, and one that looks like production only after a
+confirmation.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from base64 import b64decode
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlplatform.errors import ClusterError
+from mlplatform.settings import Settings
+from mlplatform_ops.cluster.api import AwayError, api_errors, api_of, connect_to, find_context, looks_like_production
+from mlplatform_ops.cluster.credentials import PREVIOUS, VALUES, write_secrets
+from mlplatform_ops.cluster.forwards import SERVICES, Forward, Target, forwarded_settings, local_port
+from mlplatform_ops.cluster.kubectl import Manifest, kubectl_command, render
+from mlplatform_ops.cluster.overlay import (
+    FOLDER,
+    namespace_of,
+    read_env,
+    wanted_files,
+)
+from mlplatform_ops.cluster.rollouts import (
+    PATIENCE_S,
+    Patience,
+    Workload,
+    belongs,
+    describe,
+    is_hopeless,
+    is_ready,
+    pod_to_blame,
+    unready_container,
+    workload_of,
+)
+from mlplatform_ops.console import Notify
+
+Confirm = Callable[[str], bool]
+PART_OF = "app.kubernetes.io/part-of=mlplatform"
+FIELD_MANAGER = "mlplatform"
+VALIDATION = "--validate=strict"
+TIMEOUT_S = 900.0
+_KINDS = "deployments,statefulsets,jobs,services,configmaps,secrets,networkpolicies,poddisruptionbudgets,ingresses"
+
+
+class Cluster:
+    """One namespace of one cluster.
+
+    Args:
+        overlay: The overlay's folder, such as `deploy/overlays/local`.
+        context: A context of the kubeconfig; the current one by default.
+        yes: Whether questions are answered with yes.
+        confirm: Asks a question; the default answers no, as there is nobody to ask.
+        notify: Called with a line for each step worth showing.
+
+    Raises:
+        ClusterError: There is no such overlay, no kubeconfig or no such context in it, it looks like production and
+            was not confirmed, or the cluster does not answer.
+    """
+
+    def __init__(
+        self,
+        overlay: Path,
+        *,
+        context: str | None = None,
+        yes: bool = False,
+        confirm: Confirm = lambda _: False,
+        notify: Notify = lambda _: None,
+    ) -> None:
+        self.overlay = overlay
+        self._yes = yes
+        self._confirm = confirm
+        self._notify = notify
+        self.namespace = namespace_of(overlay)
+        found = find_context(context)
+        self.context = found.name
+        notify(f"context {found.name} (cluster {found.cluster}, {found.server}), namespace {self.namespace}")
+        if looks_like_production(found.name, found.cluster, found.user, found.server) and not self._agrees(
+            f"{found.name} looks like production. Go on?"
+        ):
+            raise ClusterError(
+                f"the context {found.name} looks like production; name another with --context, or add --yes"
+            )
+        self._client = connect_to(found)
+
+    def up(self, *, timeout_s: float = TIMEOUT_S, patience_s: float = PATIENCE_S) -> None:
+        """Make secrets that are missing, apply the overlay, wait until everything runs.
+
+        Raises:
+            ClusterError: It can't be rendered or applied, the cluster's secrets are not here, or a workload does not
+                come up; the message names pod and reason, after its last events and log lines were shown.
+        """
+        self._check_secrets()
+        write_secrets(self.overlay, notify=self._notify)
+        manifests = render(self.overlay)
+        self._delete_jobs(manifests)
+        self._notify(f"applying {len(manifests)} objects")
+        options = ("--server-side", f"--field-manager={FIELD_MANAGER}", VALIDATION)
+        for line in self._kubectl("apply", *options, "-f", "-", stdin=manifests):
+            if not line.endswith((" unchanged", " serverside-applied")):
+                self._notify(line)
+        self.wait(_workload_names(manifests), timeout_s=timeout_s, patience_s=patience_s)
+
+    def wait(self, names: Collection[tuple[str, str]], *, timeout_s: float, patience_s: float = PATIENCE_S) -> None:
+        """Wait until workloads run as specified, showing what changes.
+
+        Raises:
+            ClusterError: One does not.
+        """
+        deadline = time.monotonic() + timeout_s
+        finished: set[tuple[str, str]] = set()
+        shown: dict[str, str] = {}
+        patience = Patience(patience_s)
+        while True:
+            now = time.monotonic()
+            try:
+                found = {(workload.kind, workload.name): workload for workload in self.workloads()}
+            except AwayError as error:
+                if now > deadline:
+                    raise
+                self._notify(str(error))
+                time.sleep(1)
+                continue
+            # The cluster deletes a Job some time after its end, which may come before the others are up.
+            finished |= {name for name, workload in found.items() if name[0] == "Job" and workload.done}
+            unfinished = [name for name in names if name not in finished]
+            waiting = [found.get(name) or Workload(*name, 0, 1, False, "not there") for name in unfinished]
+            waiting = [workload for workload in waiting if not workload.done]
+            for workload in found.values():
+                line = describe(workload)
+                if (workload.kind, workload.name) in names and shown.get(workload.name) != line:
+                    shown[workload.name] = line
+                    self._notify(line)
+            if not waiting:
+                return
+            overdue = [workload for workload in waiting if patience.is_over(workload, now)]
+            if overdue or now > deadline:
+                self._give_up(waiting)
+            time.sleep(1)
+
+    def workloads(self) -> list[Workload]:
+        """Ask for every workload of the platform.
+
+        Raises:
+            ClusterError: The cluster does not answer, or refuses.
+        """
+        apps, batch, core = (api_of(self._client, kind) for kind in ("AppsV1Api", "BatchV1Api", "CoreV1Api"))
+        with api_errors(self.context):
+            pods = core.list_namespaced_pod(self.namespace, label_selector=PART_OF).items
+            replica_sets = apps.list_namespaced_replica_set(self.namespace, label_selector=PART_OF).items
+            sets = [
+                ("Deployment", apps.list_namespaced_deployment(self.namespace, label_selector=PART_OF).items),
+                ("StatefulSet", apps.list_namespaced_stateful_set(self.namespace, label_selector=PART_OF).items),
+                ("Job", batch.list_namespaced_job(self.namespace, label_selector=PART_OF).items),
+            ]
+        found = [workload_of(kind, item, pods, replica_sets) for kind, items in sets for item in items]
+        return [entry if entry.done or entry.reason else self._explained(entry, pods) for entry in found]
+
+    def _explained(self, workload: Workload, pods: Sequence[Any]) -> Workload:
+        """Add why pods are not made, which only events tell: a quota, or an admission that refuses."""
+        if sum(belongs(pod, workload.name) for pod in pods) >= workload.wanted:
+            return workload
+        events = self._events(workload.name, "FailedCreate")
+        return replace(workload, reason=f"FailedCreate: {events[-1].message}"[:300]) if events else workload
+
+    def _events(self, name: str, reason: str = "") -> list[Any]:
+        selector = f"involvedObject.name={name}" + (f",reason={reason}" if reason else "")
+        with api_errors(self.context):
+            core = api_of(self._client, "CoreV1Api")
+            events = core.list_namespaced_event(self.namespace, field_selector=selector).items
+        return sorted(events, key=lambda event: str(event.last_timestamp or event.event_time or ""))
+
+    def down(self, *, delete_data: bool | None = None) -> None:
+        """Remove the platform; keep its volumes and namespace unless their deletion is confirmed.
+
+        Args:
+            delete_data: Whether to delete the data too; asks when not said.
+
+        Raises:
+            ClusterError: The cluster does not answer, or refuses.
+        """
+        for line in self._kubectl(
+            "delete", _KINDS, "-n", self.namespace, "-l", PART_OF, "--ignore-not-found", "--wait"
+        ):
+            self._notify(line)
+        if delete_data is None:
+            # `--yes` answers for the context, not for the data.
+            delete_data = self._confirm(
+                f"Delete every volume of {self.namespace} on {self.context}, with all data in them?"
+            )
+        if delete_data:
+            for line in self._kubectl("delete", "namespace", self.namespace, "--ignore-not-found", "--wait"):
+                self._notify(line)
+        else:
+            self._notify(f"kept the namespace {self.namespace} and its volumes; 'make k8s-up' finds them again")
+
+    @contextmanager
+    def forwarded(self, environ: Mapping[str, str]) -> Iterator[Settings]:
+        """Reach the platform's services on ports of this machine, for as long as the block runs.
+
+        A forward whose pod ends is led to another one, on the same local port.
+
+        Args:
+            environ: Where local ports that the user set are looked up; others are free ones.
+
+        Yields:
+            The platform's settings, with the credentials of the overlay's secret files.
+
+        Raises:
+            ClusterError: A secret file is missing, or a service has no ready pod.
+            PortTakenError: A local port that was asked for is in use.
+        """
+        client_secrets = read_env(self.overlay / FOLDER / "client.env")
+        forwards: dict[str, Forward] = {}
+        try:
+            for service in self._services():
+                port, variable = SERVICES[service]
+                local = local_port(service, port, environ.get(variable), variable)
+                forwards[service] = Forward(
+                    service, local, self._target(service, port), self._forward_command, self._notify
+                )
+            for forward in forwards.values():
+                forward.start()
+            yield forwarded_settings(client_secrets, {name: forward.port for name, forward in forwards.items()})
+        finally:
+            for forward in forwards.values():
+                forward.stop()
+
+    def _services(self) -> list[str]:
+        with api_errors(self.context):
+            core = api_of(self._client, "CoreV1Api")
+            found = core.list_namespaced_service(self.namespace, label_selector=PART_OF).items
+        names = [name for name in SERVICES if name in {service.metadata.name for service in found}]
+        if not {"minio-service", "redis", "mlflow"} <= set(names):
+            raise ClusterError(
+                f"the platform is not in the namespace {self.namespace} of {self.context}; run 'make k8s-up'"
+            )
+        return names
+
+    def _target(self, service: str, port: int) -> Target:
+        """Make a function that finds the running pods behind a service."""
+
+        def find() -> list[tuple[str, int, bool]]:
+            core = api_of(self._client, "CoreV1Api")
+            with api_errors(self.context):
+                spec = core.read_namespaced_service(service, self.namespace).spec
+                selector = ",".join(f"{key}={value}" for key, value in spec.selector.items())
+                pods = core.list_namespaced_pod(self.namespace, label_selector=selector).items
+            target = next(entry.target_port for entry in spec.ports if entry.port == port)
+            running = [pod for pod in pods if pod.status.phase == "Running" and not pod.metadata.deletion_timestamp]
+            numbers = [target if isinstance(target, int) else _named_port(pod, target) for pod in running]
+            return sorted(
+                (str(pod.metadata.name), number, is_ready(pod)) for pod, number in zip(running, numbers, strict=True)
+            )
+
+        return find
+
+    def _forward_command(self, pod: str, local: int, remote: int) -> list[str]:
+        return [
+            *kubectl_command(self.context), "port-forward", "--namespace", self.namespace, "--address", "127.0.0.1",
+            f"pod/{pod}", f"{local}:{remote}",
+        ]  # fmt: skip
+
+    def _check_secrets(self) -> None:
+        """Refuse to give a platform other secrets than it has: new ones would lock everybody out of its data."""
+        if not wanted_files(self.overlay):
+            return
+        file = self.overlay / FOLDER / VALUES
+        values = read_env(file) if file.exists() else {}
+        with api_errors(self.context):
+            core = api_of(self._client, "CoreV1Api")
+            claims = core.list_namespaced_persistent_volume_claim(self.namespace).items
+            found = core.list_namespaced_secret(self.namespace, field_selector="metadata.name=platform-client").items
+        keys = {b64decode(secret.data["AWS_ACCESS_KEY_ID"]).decode() for secret in found}
+        ours = {values.get("S3_ACCESS_KEY"), values.get("S3_ACCESS_KEY" + PREVIOUS)}
+        if (claims and not values) or not keys <= ours:
+            raise ClusterError(
+                f"the platform on {self.context} was made with other secrets than {file.parent} holds; "
+                "put that folder back from where your team keeps it"
+            )
+
+    def _delete_jobs(self, manifests: list[Manifest]) -> None:
+        """Delete Jobs of an earlier run and their pods: a Job's template can't be changed, and it is to run again."""
+        names = [name for kind, name in _workload_names(manifests) if kind == "Job"]
+        if names:
+            self._kubectl("delete", "job", *names, "-n", self.namespace, "--ignore-not-found", "--cascade=foreground")
+
+    def _give_up(self, workloads: list[Workload]) -> None:
+        """Show what is known of workloads that do not come up, and raise."""
+        core = api_of(self._client, "CoreV1Api")
+        with api_errors(self.context):
+            pods = core.list_namespaced_pod(self.namespace, label_selector=PART_OF).items
+        # Others may only wait for these.
+        first, *others = sorted(workloads, key=lambda each: (not is_hopeless(each), not each.failed, not each.reason))
+        for workload in [first, *(other for other in others if other.reason)]:
+            pod = pod_to_blame(pods, workload)
+            name = str(pod.metadata.name) if pod else workload.name
+            self._notify(f"{'pod' if pod else workload.kind} {name}:")
+            for event in self._events(name)[-5:]:
+                self._notify(f"  event {event.reason}: {event.message}")
+            for line in self._log_tail(core, pod) if pod else ():
+                self._notify(f"  log   {line}")
+        pod = pod_to_blame(pods, first)
+        kind, name = ("pod", pod.metadata.name) if pod else (first.kind.lower(), first.name)
+        reason = first.reason or f"{first.ready} of {first.wanted} ready"
+        also = f" (nor do {', '.join(other.name for other in others)})" if others else ""
+        raise ClusterError(
+            f"{kind} {name} does not come up: {reason}{also}; see "
+            f"'kubectl --context {self.context} -n {self.namespace} describe {kind} {name}'"
+        )
+
+    def _log_tail(self, core: Any, pod: Any) -> list[str]:
+        from kubernetes.client.exceptions import ApiException
+
+        container = unready_container(pod)
+        for previous in (False, True):
+            try:
+                text = core.read_namespaced_pod_log(
+                    pod.metadata.name, self.namespace, container=container, tail_lines=10, previous=previous
+                )
+            except ApiException:
+                continue
+            if text:
+                return [line[:300] for line in str(text).splitlines()]
+        return []
+
+    def _kubectl(self, *arguments: str, stdin: list[Manifest] | None = None) -> list[str]:
+        outcome = subprocess.run(
+            [*kubectl_command(self.context), *arguments],
+            input=yaml.safe_dump_all(stdin) if stdin is not None else None,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if outcome.returncode:
+            reason = " ".join(outcome.stderr.split())[:500] or f"exit status {outcome.returncode}"
+            raise ClusterError(f"kubectl {arguments[0]} on {self.context} failed: {reason}")
+        return outcome.stdout.splitlines()
+
+    def _agrees(self, question: str) -> bool:
+        return self._yes or self._confirm(question)
+
+
+def _workload_names(manifests: list[Manifest]) -> list[tuple[str, str]]:
+    kinds = ("Deployment", "StatefulSet", "Job")
+    return [(item["kind"], item["metadata"]["name"]) for item in manifests if item["kind"] in kinds]
+
+
+def _named_port(pod: Any, name: str) -> int:
+    for container in pod.spec.containers:
+        for port in container.ports or ():
+            if port.name == name:
+                return int(port.container_port)
+    raise ClusterError(f"the pod {pod.metadata.name} has no port {name}")

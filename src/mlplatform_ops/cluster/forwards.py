@@ -1,0 +1,209 @@
+"""Ports of this machine that lead to pods of a cluster, and outlive the pods they lead to."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from mlplatform.errors import ClusterError, PlatformError, PortTakenError
+from mlplatform.settings import Settings
+from mlplatform_ops.console import Notify
+from mlplatform_ops.ports import free_port, is_free
+
+# Finds the running pods behind a service: name, port, and whether it is ready.
+Target = Callable[[], list[tuple[str, int, bool]]]
+# Port of each service that a client on this machine uses, and the variable that sets its local port.
+SERVICES = {
+    "minio-service": (9000, "MLPLATFORM_S3_PORT"),
+    "redis": (6379, "MLPLATFORM_REDIS_PORT"),
+    "mlflow": (5000, "MLPLATFORM_MLFLOW_PORT"),
+    "feature-server": (6566, "MLPLATFORM_FEATURE_SERVER_PORT"),
+}
+
+
+class Forward:
+    """One forwarded port that outlives the pod it leads to.
+
+    Args:
+        name: What is forwarded, for messages.
+        port: The local port.
+        target: Finds the running pods: name, port, and whether it is ready.
+        command: Gives the command that forwards, from pod, local and remote port.
+        notify: Called with a line when the forward moves.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        port: int,
+        target: Target,
+        command: Callable[[str, int, int], list[str]],
+        notify: Notify = lambda _: None,
+    ) -> None:
+        self.name = name
+        self.port = port
+        self._target = target
+        self._command = command
+        self._notify = notify
+        self._stopping = threading.Event()
+        self._ready = threading.Event()
+        self._failure: PlatformError | None = None
+        self._said = ""
+        self._process: subprocess.Popen[str] | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name=f"forward-{name}")
+
+    def start(self, *, timeout_s: float = 60.0) -> None:
+        """Start forwarding and wait until the local port is open.
+
+        Raises:
+            ClusterError: There is no ready pod within the time.
+            PortTakenError: Another program has the local port.
+        """
+        self._thread.start()
+        deadline = time.monotonic() + timeout_s
+        while not self._ready.wait(0.1):
+            if self._failure:
+                raise self._failure
+            if time.monotonic() > deadline:
+                reason = f": {self._said}" if self._said else ""
+                raise ClusterError(
+                    f"{self.name} can't be forwarded within {timeout_s:.0f} s{reason}; run 'make k8s-status'"
+                )
+
+    def stop(self) -> None:
+        """End the forward."""
+        self._stopping.set()
+        self._end()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        previous: str | None = None
+        while not self._stopping.is_set():
+            try:
+                ready = [(pod, remote) for pod, remote, is_ready in self._target() if is_ready]
+                if not ready:
+                    self._stopping.wait(0.5)
+                    continue
+                pod, remote = ready[0]
+                if previous:
+                    self._notify(f"{self.name}: the forward to {previous} dropped; leading to {pod}")
+                previous = pod if self._follow(pod, remote) else None
+                if not previous:
+                    self._stopping.wait(1)
+            except PortTakenError as error:
+                self._failure = error
+                self._notify(str(error))
+                return
+            except PlatformError as error:
+                # The API server may be away for a moment; what was handed out must work again when it is back.
+                self._notify(f"{self.name}: {error}")
+                self._stopping.wait(1)
+
+    def _follow(self, pod: str, remote: int) -> bool:
+        """Forward to one pod until the forward ends or the pod is no longer the one to lead to.
+
+        Returns:
+            Whether the forward was ever open.
+        """
+        process = subprocess.Popen(
+            self._command(pod, self.port, remote), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self._process = process
+        lines: list[str] = []
+        reader = threading.Thread(target=self._read, args=(process, lines), daemon=True)
+        reader.start()
+        try:
+            while not self._stopping.is_set() and not _has_ended(process, within_s=1.0):
+                # An API server that is away for a moment is no reason to drop a forward that works.
+                with suppress(ClusterError):
+                    # Nor is a pod that is not ready for a moment, unless another one is.
+                    states = {name: ready for name, _, ready in self._target()}
+                    if pod not in states or (not states[pod] and any(states.values())):
+                        break
+        finally:
+            self._end()
+            reader.join(timeout=5)
+            if process.stdout:
+                process.stdout.close()
+        if any("unable to listen" in line.lower() for line in lines):
+            variable = SERVICES[self.name][1] if self.name in SERVICES else "its port"
+            raise PortTakenError(
+                f"port {self.port}, on which {self.name} is forwarded, is taken by another program; "
+                f"stop it, or set {variable} to a free port"
+            )
+        self._said = lines[-1] if lines else ""
+        return any(line.startswith("Forwarding from") for line in lines)
+
+    def _read(self, process: subprocess.Popen[str], lines: list[str]) -> None:
+        for line in process.stdout or ():
+            if not line.startswith("Handling connection"):
+                lines.append(line.strip())
+            if line.startswith("Forwarding from"):
+                self._ready.set()
+            elif "lost connection" in line.lower():
+                # Some versions of kubectl stay after this, and forward to nobody.
+                process.terminate()
+
+    def _end(self) -> None:
+        process = self._process
+        if process and process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def forwarded_settings(secrets: Mapping[str, str], ports: Mapping[str, int]) -> Settings:
+    """Combine the credentials of the cluster with addresses on this machine.
+
+    Args:
+        secrets: What `client.env` holds.
+        ports: Local ports by service.
+    """
+    redis = secrets["REDIS_CONNECTION_STRING"].split(",", 1)[1]
+    return Settings.from_env(
+        {
+            **secrets,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['minio-service']}",
+            "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['mlflow']}",
+            "REDIS_CONNECTION_STRING": f"127.0.0.1:{ports['redis']},{redis}",
+            "FEATURE_SERVER_URL": f"http://127.0.0.1:{ports.get('feature-server', SERVICES['feature-server'][0])}",
+        }
+    )
+
+
+def local_port(service: str, port: int, wanted: str | None, variable: str) -> int:
+    """Choose the local port of a service: the one that was asked for, its own, or a free one.
+
+    Args:
+        service: The service's name.
+        port: Its own port.
+        wanted: What the user asked for, if anything.
+        variable: Where that was asked for.
+
+    Raises:
+        PortTakenError: The port that was asked for is taken, or is none.
+    """
+    if wanted is None:
+        return port if is_free(port) else free_port()
+    if not wanted.isdigit() or not is_free(int(wanted)):
+        raise PortTakenError(
+            f"{variable}={wanted}, on which {service} is to be forwarded, is taken or no port; "
+            f"stop what uses it, or set {variable} to a free port"
+        )
+    return int(wanted)
+
+
+def _has_ended(process: subprocess.Popen[str], *, within_s: float) -> bool:
+    try:
+        process.wait(within_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True

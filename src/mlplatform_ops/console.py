@@ -1,0 +1,33 @@
+"""What commands say, ask and print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Notify = Callable[[str], None]
+
+
+def wide_console() -> Console:
+    """Give a console that breaks no URL, however narrow a log's lines are."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    console.width = max(console.width, 120)
+    return console
+
+
+def say(line: str) -> None:
+    """Print a line to standard error, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def confirm(question: str) -> bool:
+    """Ask a yes-or-no question; where nobody can answer, the answer is no."""
+    if not sys.stdin.isatty():
+        return False
+    return input(f"{question} [y/N] ").strip().lower() in {"y", "yes"}

@@ -1,0 +1,1 @@
+"""The platform on one machine: SeaweedFS, Valkey and MLflow under one supervisor."""

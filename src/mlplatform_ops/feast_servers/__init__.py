@@ -1,0 +1,1 @@
+"""Feast's feature server and UI, behind a list of what is open."""

@@ -1,0 +1,242 @@
+"""Run notebooks headlessly, in the order that they need each other, and read what they found.
+
+A notebook's metadata names the notebooks whose results it needs, under `mlplatform.needs`, and the on-demand services,
+under `mlplatform.services`. Notebooks that do not depend on each other run side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mlplatform.errors import NotebookError
+
+# Two at a time: a third kernel gains nothing on the two cores of a small CI machine.
+AT_ONCE = 2
+CELL_TIMEOUT_S = 600
+
+Parameters = Mapping[str, Mapping[str, object]]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How one notebook ran.
+
+    Attributes:
+        name: The notebook's file name without its suffix.
+        executed: The executed copy, with outputs.
+        seconds: Wall time, from the kernel's start to its end.
+        error: One line, empty when the notebook succeeded.
+        skipped: Whether it was not run because one that it needs had failed.
+    """
+
+    name: str
+    executed: Path
+    seconds: float = 0.0
+    error: str = ""
+    skipped: bool = False
+
+
+def find_notebooks(folder: Path) -> list[Path]:
+    """List the notebooks of a folder in the order of their names.
+
+    Raises:
+        NotebookError: There is none.
+    """
+    found = sorted(folder.glob("[0-9]*.ipynb"))
+    if not found:
+        raise NotebookError(f"no notebook in {folder}; run this inside a clone of the repository")
+    return found
+
+
+def needs(notebook: Path) -> set[str]:
+    """Read which notebooks a notebook needs to have run, by name."""
+    return set(_metadata(notebook).get("needs", ()))
+
+
+def services(notebook: Path) -> set[str]:
+    """Read which on-demand services a notebook needs to be running, by name."""
+    return set(_metadata(notebook).get("services", ()))
+
+
+def _metadata(notebook: Path) -> dict[str, Any]:
+    return dict(json.loads(notebook.read_text())["metadata"].get("mlplatform", {}))
+
+
+def select(notebooks: Iterable[Path], names: Iterable[str]) -> list[Path]:
+    """Pick notebooks by name, with those that they need.
+
+    Args:
+        notebooks: All there are.
+        names: Names without suffix; a unique beginning such as `02` is enough. None at all picks every notebook.
+
+    Raises:
+        NotebookError: A name fits no notebook, or several.
+    """
+    known = {path.stem: path for path in notebooks}
+    wanted = [_complete(name, known) for name in names] or list(known)
+    chosen: set[str] = set()
+    while wanted:
+        name = wanted.pop()
+        if name not in chosen:
+            chosen.add(name)
+            wanted.extend(needs(known[name]) & known.keys())
+    return [known[name] for name in sorted(chosen)]
+
+
+def check_parameters(notebook: Path, parameters: Mapping[str, object]) -> None:
+    """Make sure that a notebook declares every parameter that it is to be given.
+
+    Papermill itself only warns, and runs the notebook with the value it would have had anyway.
+
+    Raises:
+        NotebookError: It does not declare one; the message lists those that it does.
+    """
+    from papermill import inspect_notebook
+
+    if parameters:
+        declared = inspect_notebook(str(notebook))
+        for name in parameters:
+            if name not in declared:
+                known = ", ".join(declared) or "none"
+                raise NotebookError(f"{notebook.stem} has no parameter {name!r}; it has: {known}")
+
+
+def run_all(
+    notebooks: Iterable[Path],
+    output: Path,
+    *,
+    parameters: Parameters | None = None,
+    notify: Callable[[str], None] = lambda _: None,
+) -> list[Execution]:
+    """Run notebooks, each as soon as those that it needs have succeeded.
+
+    Args:
+        notebooks: Paths of notebooks. What one needs and is not among them counts as done.
+        output: Where executed copies and their HTML go; made if missing.
+        parameters: Values by parameter, by notebook name.
+        notify: Called with a line when a notebook starts and ends.
+
+    Returns:
+        One entry per notebook, in the order of their names. A failure does not stop those that do not need it.
+
+    Raises:
+        NotebookError: A parameter is not declared, or the notebooks need each other in a circle.
+    """
+    paths = {path.stem: path for path in notebooks}
+    given = parameters or {}
+    for name in given:
+        if name not in paths:
+            raise NotebookError(f"parameters for {name!r}, which is not run; known: {', '.join(paths)}")
+        check_parameters(paths[name], given[name])
+    order = TopologicalSorter({name: needs(path) & paths.keys() for name, path in paths.items()})
+    try:
+        order.prepare()
+    except CycleError as error:
+        raise NotebookError(f"notebooks need each other in a circle: {' -> '.join(error.args[1])}") from None
+    output.mkdir(parents=True, exist_ok=True)
+
+    done: dict[str, Execution] = {}
+    running: dict[Future[Execution], str] = {}
+    with _temporary_folder(), ThreadPoolExecutor(AT_ONCE) as pool:
+        while order.is_active():
+            for name in order.get_ready():
+                if any(done[need].error or done[need].skipped for need in needs(paths[name]) & paths.keys()):
+                    done[name] = Execution(name, output / paths[name].name, skipped=True)
+                    order.done(name)
+                else:
+                    running[pool.submit(execute, paths[name], output, given.get(name, {}), notify)] = name
+            finished, _ = wait(running, return_when=FIRST_COMPLETED) if running else ((), ())
+            for future in finished:
+                done[running.pop(future)] = future.result()
+                order.done(future.result().name)
+    return [done[name] for name in sorted(done)]
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[None]:
+    """Give kernels a temporary folder that ends with the block: MLflow leaves in it what it downloads."""
+    before = os.environ.get("TMPDIR")
+    with TemporaryDirectory(prefix="mlplatform-") as folder:
+        os.environ["TMPDIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["TMPDIR"]
+            if before is not None:
+                os.environ["TMPDIR"] = before
+
+
+def execute(notebook: Path, output: Path, parameters: Mapping[str, object], notify: Callable[[str], None]) -> Execution:
+    """Run one notebook in its own folder and render the executed copy as HTML, whether it succeeded or not.
+
+    Args:
+        notebook: The notebook.
+        output: The folder for the executed copy.
+        parameters: Values by parameter.
+        notify: Called with a line at the start and at the end.
+    """
+    import papermill
+    from traitlets.config import Config
+
+    notify(f"{notebook.stem} starts")
+    executed = output / notebook.name
+    start = time.monotonic()
+    problem = ""
+    # A kernel of this environment, even where the user has one of the same name.
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(executed),
+            dict(parameters),
+            # Papermill's own `cwd` changes the folder of the whole process, under the feet of what runs beside this.
+            resources={"metadata": {"path": str(notebook.parent.resolve())}},
+            kernel_name="python3",
+            progress_bar=False,
+            execution_timeout=CELL_TIMEOUT_S,
+            # What a kernel is sent would else cross loopback readable by others on this machine.
+            config=Config({"KernelManager": {"transport_encryption": "required"}}),
+        )
+    except papermill.PapermillExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
+        problem = f"In [{error.exec_count}]: {reason}"
+    except Exception as error:
+        # A kernel that died or a cell that hung: each has an exception class of its own library.
+        problem = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    seconds = time.monotonic() - start
+    notify(f"{notebook.stem} {'FAILED: ' + problem if problem else 'done'} after {seconds:.1f} s")
+    if executed.exists():
+        render(executed)
+    return Execution(notebook.stem, executed, seconds, problem)
+
+
+def render(executed: Path) -> Path:
+    """Render an executed notebook as one HTML file beside it, which loads nothing from elsewhere."""
+    from nbconvert import HTMLExporter
+
+    scripts = ("mathjax_url", "require_js_url", "jquery_url", "mermaid_js_url", "mermaid_layout_elk_js_url")
+    nothing = dict.fromkeys(scripts, "")
+    html, _ = HTMLExporter(**nothing).from_filename(str(executed))  # type: ignore[no-untyped-call]
+    page = executed.with_suffix(".html")
+    page.write_text(html, encoding="utf-8")
+    return page
+
+
+def _complete(name: str, known: Mapping[str, Path]) -> str:
+    matches = [stem for stem in known if stem == name.removesuffix(".ipynb")] or [
+        stem for stem in known if stem.startswith(name)
+    ]
+    if len(matches) != 1:
+        found = "fits several" if matches else "is not there"
+        raise NotebookError(f"notebook {name!r} {found}; there are: {', '.join(known)}")
+    return matches[0]
