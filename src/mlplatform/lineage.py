@@ -45,7 +45,7 @@ def trace(run_id: str) -> pd.DataFrame:
     tags = prediction.data.tags
     missing = [tag for tag in (MODEL_TAG, VERSION_TAG, PREDICTIONS_TAG, SERVICE_TAG) if tag not in tags]
     if missing:
-        raise RegistryError(f"run {run_id} has no tag {', '.join(missing)}; run notebook 06_predict_income")
+        raise RegistryError(f"run {run_id} has no tag {', '.join(missing)}; run notebook 07_predict_income")
     version = mlflow.MlflowClient().get_model_version(tags[MODEL_TAG], tags[VERSION_TAG])
     training = mlflow.get_run(str(version.run_id))
     model_uri = f"models:/{version.name}/{version.version}"

@@ -239,7 +239,7 @@ def load_model(alias: str = CHAMPION, *, name: str = MODEL_NAME, columns: Sequen
     """
     version = find(alias, name=name)
     if version is None:
-        raise RegistryError(f"no alias {alias!r} on {name!r}; run notebook 03_register_model, or 'make run'")
+        raise RegistryError(f"no alias {alias!r} on {name!r}; run notebook 04_register_model, or 'make run'")
     uri = f"models:/{name}/{version.version}"
     with _translated():
         info = mlflow.models.get_model_info(uri)

@@ -1,4 +1,4 @@
-"""What notebooks 1 to 3 made: plots, runs, data sets, models, the champion."""
+"""What notebooks 1 to 4 made: plots, runs, data sets, models, the champion."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trained(executed: dict[str, Path]) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def registered(executed: dict[str, Path]) -> dict[str, object]:
-    return results.read_results(executed["03_register_model"])
+    return results.read_results(executed["04_register_model"])
 
 
 @pytest.fixture(scope="module", params=EXPECTED)

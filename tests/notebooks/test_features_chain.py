@@ -1,4 +1,4 @@
-"""What notebooks 4 to 6 made and claimed: history, online values, predictions, and where these come from."""
+"""What notebooks 5 to 7 made and claimed: history, online values, predictions, and where these come from."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def built(executed: dict[str, Path]) -> dict[str, Any]:
-    return results.read_results(executed["04_build_features"])
+    return results.read_results(executed["05_build_features"])
 
 
 @pytest.fixture(scope="module")
 def retrieved(executed: dict[str, Path]) -> dict[str, Any]:
-    return results.read_results(executed["05_retrieve_features"])
+    return results.read_results(executed["06_retrieve_features"])
 
 
 @pytest.fixture(scope="module")
 def predicted(executed: dict[str, Path]) -> dict[str, Any]:
-    return results.read_results(executed["06_predict_income"])
+    return results.read_results(executed["07_predict_income"])
 
 
 @pytest.fixture(scope="module")

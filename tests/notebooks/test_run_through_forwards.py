@@ -49,10 +49,10 @@ def test_a_run_goes_on_when_every_forward_drops_in_the_middle_of_it(
         with cluster.forwarded({}) as settings:
             for name, value in settings.to_env().items():
                 monkeypatch.setenv(name, value)
-            execution = notebooks.execute(ROOT / "notebooks" / "06_predict_income.ipynb", tmp_path, {}, lambda _: None)
+            execution = notebooks.execute(ROOT / "notebooks" / "07_predict_income.ipynb", tmp_path, {}, lambda _: None)
     assert execution.error == ""
     dropped = [line.replace(":", " ").split()[-1] for line in said if "dropped" in line]
     assert sorted(dropped) == sorted(PIECES)
-    again, before = (results.read_results(path) for path in (execution.executed, executed["06_predict_income"]))
+    again, before = (results.read_results(path) for path in (execution.executed, executed["07_predict_income"]))
     assert again["single"] == before["single"]
     assert again["predictions"] == before["predictions"]

@@ -245,7 +245,7 @@ def test_the_champion_answers_like_the_model_in_memory(
 
 @pytest.mark.parametrize("alias", [registry.CHAMPION, "no-such-alias"])
 def test_a_missing_alias_is_named_with_the_next_step(alias: str, name: str) -> None:
-    with pytest.raises(RegistryError, match=f"no alias '{alias}' on '{name}'; run notebook 03"):
+    with pytest.raises(RegistryError, match=f"no alias '{alias}' on '{name}'; run notebook 04"):
         registry.load_model(alias, name=name)
 
 
