@@ -85,12 +85,23 @@ format: $(READY) ## Format code and notebooks, strip the notebooks' outputs
 
 install: $(READY) ## Create the environment (every other target does it when needed)
 
-# The image's file is a part of the machine's, so that both run the same versions.
+# The image's file and the groups' are locked with the machine's versions. Each group follows the one before it, so that
+# all of them fit into one environment. kfp's own bounds on four packages are older than what it runs with: a test holds it.
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
+GROUP = $(LOCK) -c requirements.lock
 lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requirements
 	@echo 'uv' | $(LOCK) --upgrade - -o requirements-uv.lock
 	@$(LOCK) --upgrade --group dev pyproject.toml -o requirements.lock
-	@$(LOCK) -c requirements.lock --group build pyproject.toml -o deploy/components/notebooks/requirements.lock
+	@$(GROUP) --group build pyproject.toml -o deploy/components/notebooks/requirements.lock
+	@printf '%s\n' kubernetes protobuf requests urllib3 | $(GROUP) --override /dev/stdin --group pipelines -o requirements-pipelines.lock
+	@$(GROUP) -c requirements-pipelines.lock --group serving -o requirements-serving.lock
+	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock --group drift -o requirements-drift.lock
+
+# A group of packages that only some targets need: `$(VENV)/.pipelines` stands for it. Adding one removes nothing.
+$(VENV)/.%: requirements-%.lock $(READY)
+	@echo 'Adding the packages of $*' >&2
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r $<
+	@touch $@
 
 # uv installs the 270 packages in a tenth of pip's time; pip itself fetches it, checked by its hash.
 $(BIN)/uv: requirements-uv.lock
