@@ -56,7 +56,7 @@ features: $(READY) ## Register the features and materialise them to the online s
 	@$(CLI) features --platform $(PLATFORM) $(CLUSTER)
 
 ##@ On a cluster (OVERLAY=local, CONTEXT=the current one, YES=1 to go on in production)
-.PHONY: k8s-secrets k8s-up k8s-forward k8s-status k8s-down k8s-digests
+.PHONY: k8s-secrets k8s-up k8s-forward k8s-status k8s-down
 k8s-secrets: $(READY) ## Generate the cluster's secrets into git-ignored files; existing ones are kept (ROTATE=, RETIRE=)
 	@$(CLI) $@ $(CLUSTER) $(if $(ROTATE),--rotate $(ROTATE)) $(if $(RETIRE),--retire $(RETIRE))
 
@@ -71,9 +71,6 @@ k8s-status: $(READY) ## Show what runs on the cluster
 
 k8s-down: $(READY) ## Remove the platform from the cluster; asks before it deletes data (DATA=keep or delete)
 	@$(CLI) $@ $(CLUSTER) $(if $(DATA),--$(DATA)-data)
-
-k8s-digests: $(READY) ## Resolve the images' digests where a registry can be reached
-	@$(CLI) $@ $(CLUSTER)
 
 ##@ Working on the repository
 .PHONY: lint format lock install

@@ -1,27 +1,24 @@
 """Save the buckets and MLflow's SQLite files to a folder, and put them back.
 
-`python -m mlplatform_ops.backup save FOLDER` works on any platform that the environment names (`make env`, or
+`python -m mlplatform_ops backup save FOLDER` works on any platform that the environment names (`make env`, or
 `make k8s-forward`). A Postgres database is saved with its own tools, before the buckets: then every artifact that it
 names is in the copy.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import shutil
 import sqlite3
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import boto3.exceptions
 
-from mlplatform.errors import DataError, MissingObjectError, PlatformError, ServiceDownError
-from mlplatform.objectstore import client, translated
-from mlplatform.settings import BUCKETS, find_settings
+from mlplatform.errors import DataError, MissingObjectError, ServiceDownError
+from mlplatform.objectstore import translated
+from mlplatform.settings import BUCKETS
 
 
 def save(store: Any, folder: Path, *, databases: Iterable[Path] = ()) -> int:
@@ -78,7 +75,7 @@ def restore(store: Any, folder: Path) -> int:
     """
     if not (folder / "buckets").is_dir():
         raise MissingObjectError(
-            f"no copy in {folder}; name a folder that 'python -m mlplatform_ops.backup save' filled"
+            f"no copy in {folder}; name a folder that 'python -m mlplatform_ops backup save' filled"
         )
     files = sorted(path for path in (folder / "buckets").rglob("*") if path.is_file())
     objects = {path: path.relative_to(folder / "buckets").parts for path in files}
@@ -102,31 +99,6 @@ def copy_sqlite(source: Path, target: Path) -> None:
         old.backup(new)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlplatform_ops.backup", description="Save or restore the platform's data."
-    )
-    parser.add_argument("command", choices=("save", "restore"))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--database", type=Path, action="append", default=[], help="a SQLite file to save too")
-    options = parser.parse_args(arguments)
-    try:
-        # MLflow's server may be stopped meanwhile: a restore is best done so.
-        settings = find_settings(os.environ)
-        print(f"{options.command}: the object store at {settings.s3_endpoint}", file=sys.stderr)
-        store = client(settings)
-        if options.command == "save":
-            count = save(store, options.folder, databases=options.database)
-        else:
-            count = restore(store, options.folder)
-    except PlatformError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{options.command}d {count} objects", file=sys.stderr)
-    return 0
-
-
 def _keys(store: Any, bucket: str) -> Iterator[str]:
     with translated(f"s3://{bucket}"):
         for page in store.get_paginator("list_objects_v2").paginate(Bucket=bucket):
@@ -139,7 +111,3 @@ def _below(folder: Path, key: str) -> Path:
     if not path.is_relative_to(folder.resolve()):
         raise MissingObjectError(f"the key {key!r} can't be a file's name; copy its bucket with another tool")
     return path
-
-
-if __name__ == "__main__":
-    sys.exit(main())

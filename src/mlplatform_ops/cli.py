@@ -1,8 +1,11 @@
-"""The commands behind the Makefile: `python -m mlplatform_ops COMMAND`."""
+"""The commands behind the Makefile: `python -m mlplatform_ops COMMAND`.
+
+Each function with `@app.command` is a command; its arguments are the options and its docstring is the help. Heavy
+packages are imported inside the functions, so that a command starts fast and a mistyped one is refused at once.
+"""
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
@@ -10,17 +13,39 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
 
 from mlplatform.connection import connect, hasten_feast
 from mlplatform.errors import NotebookError, PlatformError
-from mlplatform.settings import Settings, find_root, state_folder
-from mlplatform_ops.cluster import commands as cluster_cli
+from mlplatform.settings import Settings, find_root, find_settings, state_folder
+from mlplatform_ops.cluster import commands as on_cluster
+from mlplatform_ops.cluster.commands import CURRENT, Target
 from mlplatform_ops.console import say, wide_console
 
 if TYPE_CHECKING:
     from mlplatform_ops.embedded.platform import Embedded
     from mlplatform_ops.runner import Execution
+
+PROGRAM = "python -m mlplatform_ops"
+PlatformName = Literal["embedded", "k8s", "env"]
+
+app = App(
+    name="mlplatform",
+    help=(__doc__ or "").splitlines()[0],
+    help_format="plaintext",
+    help_formatter="plain",
+    version_flags=(),
+    default_parameter=Parameter(negative=()),
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
+app.register_install_completion_command()
+backup = App(name="backup", help="Save the platform's data to a folder, or put it back.")
+app.command(backup)
+for command in (on_cluster.secrets, on_cluster.up, on_cluster.forward, on_cluster.status, on_cluster.down):
+    app.command(command, name=f"k8s-{command.__name__}", group="Commands for a cluster")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,11 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name, `sys.argv`'s by default.
 
     Returns:
-        The exit status: 0, or 1 after an error, which is printed as one line.
+        The exit status: 0, 1 after an error, 2 for a command line that can't be understood, 130 after Ctrl-C. An error
+        is printed as one line.
     """
-    options = _parser().parse_args(arguments)
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return int(options.command(options) or 0)
+        if not tokens:
+            raise CycloptsError(msg="No command is given.")
+        return int(app(tokens, exit_on_error=False, print_error=False) or 0)
+    except CycloptsError as error:
+        words = " ".join(str(error).split()).rstrip(".")
+        command = " ".join([PROGRAM, *(error.command_chain or ())])
+        print(f"error: {words} ('{command} --help' explains)", file=sys.stderr)
+        return 2
     except PlatformError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -43,39 +76,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mlplatform", description="The commands behind the Makefile.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (up, down, status, env, clean, lab, serve, ui, features, data, run):
-        words = (command.__doc__ or "").strip().splitlines()[0]
-        commands.add_parser(command.__name__, help=words, description=words).set_defaults(command=command)
-    options = commands.choices["run"].add_argument
-    options("notebooks", nargs="*", metavar="NOTEBOOK", help="names such as 02; those they need run too; default: all")
-    options("-p", dest="parameters", action="append", default=[], metavar="NOTEBOOK:NAME=VALUE", help="set a parameter")
-    options("--output", type=Path, help="folder for executed copies and pages; default: build/notebooks")
-    for name in ("run", "features"):
-        commands.choices[name].add_argument(
-            "--platform",
-            choices=("embedded", "k8s", "env"),
-            default="embedded",
-            help="env: as the variables say",
-        )
-        cluster_cli.add_options(commands.choices[name])
-    cluster_cli.add_commands(commands)
-    return parser
-
-
-def up(_: argparse.Namespace) -> None:
+@app.command
+def up() -> None:
     """Start the platform on this machine."""
     _embedded().up(notify=say)
 
 
-def down(_: argparse.Namespace) -> None:
+@app.command
+def down() -> None:
     """Stop it; nothing is lost."""
     say("stopped" if _embedded().down() else "nothing was running")
 
 
-def status(_: argparse.Namespace) -> None:
+@app.command
+def status() -> None:
     """Show each service, its state, URL and how long it runs."""
     from rich.table import Table
 
@@ -93,14 +107,16 @@ def status(_: argparse.Namespace) -> None:
     wide_console().print(table)
 
 
-def env(_: argparse.Namespace) -> None:
+@app.command
+def env() -> None:
     """Print the connection settings as shell exports."""
     settings = _embedded().settings
     for name, value in (settings.to_env() | {"REDIS_URL": settings.redis_url}).items():
         print(f"export {name}={shlex.quote(value)}")
 
 
-def clean(_: argparse.Namespace) -> None:
+@app.command
+def clean() -> None:
     """Stop the platform and delete all of its state, and what was built."""
     import shutil
 
@@ -111,7 +127,8 @@ def clean(_: argparse.Namespace) -> None:
     say(f"deleted {state}")
 
 
-def lab(_: argparse.Namespace) -> None:
+@app.command
+def lab() -> None:
     """Open JupyterLab on the platform."""
     import secrets
 
@@ -140,25 +157,34 @@ def lab(_: argparse.Namespace) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *flags])  # noqa: S606
 
 
-def serve(_: argparse.Namespace) -> None:
+@app.command
+def serve() -> None:
     """Start the Feast feature server."""
     _embedded().up(also=["feature-server"], notify=say)
 
 
-def ui(_: argparse.Namespace) -> None:
+@app.command
+def ui() -> None:
     """Start the Feast UI."""
     _embedded().up(also=["feast-ui"], notify=say)
 
 
-def features(options: argparse.Namespace) -> None:
-    """Register the features and materialise them to the online store."""
-    with _platform(options, ()):
+@app.command
+def features(*, platform: PlatformName = "embedded", target: Target = CURRENT) -> None:
+    """Register the features and materialise them to the online store.
+
+    Args:
+        platform: Where; env is the platform that the environment's variables name.
+        target: Which cluster, for k8s.
+    """
+    with _platform(platform, target, ()):
         from mlplatform.features import build
 
         build(notify=say)
 
 
-def data(_: argparse.Namespace) -> None:
+@app.command
+def data() -> None:
     """Derive data/income_data.csv again from its source and check both checksums."""
     from mlplatform_ops.income_source import derive_from_package
 
@@ -167,32 +193,87 @@ def data(_: argparse.Namespace) -> None:
     say(f"wrote {path}; both checksums are as they must be")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the notebooks in order, render them, and say where to look."""
-    from mlplatform_ops import runner as notebooks
+@app.command
+def run(
+    *notebooks: str,
+    parameters: Annotated[Sequence[str], Parameter(name="-p", show_default=False)] = (),
+    output: Path | None = None,
+    platform: PlatformName = "embedded",
+    target: Target = CURRENT,
+) -> int:
+    """Run the notebooks in order, render them, and say where to look.
+
+    Args:
+        notebooks: Names such as 02; those that they need run too. All by default.
+        parameters: NOTEBOOK:NAME=VALUE sets a parameter; may be repeated.
+        output: The folder for executed copies and pages, build/notebooks by default.
+        platform: Where; env is the platform that the environment's variables name.
+        target: Which cluster, for k8s.
+    """
+    from mlplatform_ops import runner
 
     root = find_root()
-    chosen = notebooks.select(notebooks.find_notebooks(root / "notebooks"), options.notebooks)
-    parameters = _parameters(options.parameters, [path.stem for path in chosen])
+    chosen = runner.select(runner.find_notebooks(root / "notebooks"), notebooks)
+    given = _parameters(parameters, [path.stem for path in chosen])
     for path in chosen:
-        notebooks.check_parameters(path, parameters.get(path.stem, {}))
-    output = (options.output or root / "build" / "notebooks").resolve()
-    with _platform(options, {name for path in chosen for name in notebooks.services(path)}) as settings:
-        executions = notebooks.run_all(chosen, output, parameters=parameters, notify=say)
-        _summarise(executions, settings, output, options.platform)
+        runner.check_parameters(path, given.get(path.stem, {}))
+    folder = (output or root / "build" / "notebooks").resolve()
+    with _platform(platform, target, {name for path in chosen for name in runner.services(path)}) as settings:
+        executions = runner.run_all(chosen, folder, parameters=given, notify=say)
+        _summarise(executions, settings, folder, platform)
     return int(any(execution.error or execution.skipped for execution in executions))
 
 
+@backup.default
+def _backup() -> None:
+    # Or the help would be printed, and a script that forgot the word would believe that something was saved.
+    raise CycloptsError(msg="No command is given to backup.", command_chain=("backup",))
+
+
+@backup.command(name="save")
+def backup_save(
+    folder: Path, /, *, databases: Annotated[Sequence[Path], Parameter(name="--database", show_default=False)] = ()
+) -> None:
+    """Copy the buckets, and databases that are named, to a new folder.
+
+    Args:
+        folder: Where to; it must not be there yet.
+        databases: A SQLite file to save too; may be repeated.
+    """
+    from mlplatform_ops.backup import save
+
+    say(f"saved {save(_object_store(), folder, databases=databases)} objects")
+
+
+@backup.command(name="restore")
+def backup_restore(folder: Path, /) -> None:
+    """Copy every saved object back to its bucket.
+
+    Args:
+        folder: What `backup save` filled.
+    """
+    from mlplatform_ops.backup import restore
+
+    say(f"restored {restore(_object_store(), folder)} objects")
+
+
+def _object_store() -> Any:
+    from mlplatform.objectstore import client
+
+    # Its address is shown and nothing else is asked: MLflow's server is best stopped during a restore.
+    settings = find_settings(os.environ)
+    say(f"the object store at {settings.s3_endpoint}")
+    return client(settings)
+
+
 @contextmanager
-def _platform(options: argparse.Namespace, services: Collection[str]) -> Iterator[Settings]:
+def _platform(platform: PlatformName, target: Target, services: Collection[str]) -> Iterator[Settings]:
     """Reach the platform asked for, and let every library in this process find it, for as long as the block runs."""
-    if options.platform == "env":
+    if platform == "env":
         yield connect()
         return
     with (
-        cluster_cli.forwarded(options)
-        if options.platform == "k8s"
-        else nullcontext(_embedded().up(also=services, notify=say))
+        on_cluster.forwarded(target) if platform == "k8s" else nullcontext(_embedded().up(also=services, notify=say))
     ) as settings:
         os.environ.update(settings.to_env())
         hasten_feast()
@@ -216,11 +297,16 @@ def _parameters(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[st
         fitting = [known for known in names if known.startswith(notebook)]
         if not colon or not equals or len(fitting) != 1:
             raise NotebookError(f"-p {entry!r} is not NOTEBOOK:NAME=VALUE for one of: {', '.join(names)}")
-        parameters.setdefault(fitting[0], {})[name] = yaml.safe_load(value)
+        try:
+            parameters.setdefault(fitting[0], {})[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise NotebookError(
+                f"-p {entry!r}: {value!r} is not YAML; a text with such signs stands in quotes, as {name}='\"...\"'"
+            ) from error
     return parameters
 
 
-def _summarise(executions: Sequence[Execution], settings: Settings, output: Path, platform: str) -> None:
+def _summarise(executions: Sequence[Execution], settings: Settings, output: Path, platform: PlatformName) -> None:
     from mlflow import MlflowClient
     from rich.table import Table
 

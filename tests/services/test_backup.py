@@ -12,6 +12,7 @@ from mlplatform.errors import DataError, MissingObjectError
 from mlplatform.objectstore import client
 from mlplatform.settings import DATASETS_BUCKET, Settings
 from mlplatform_ops import backup
+from mlplatform_ops.cli import main
 from mlplatform_ops.embedded.platform import Embedded
 from mlplatform_ops.ports import free_port
 
@@ -36,8 +37,8 @@ def test_a_new_platform_finds_every_object_and_run_of_the_saved_one(
         mlflow.log_metric("answer", 42)
         mlflow.log_text("kept", "note.txt")
     copy = tmp_path / "copy"
-    command = ["save", str(copy), "--database", str(embedded.state / "mlflow" / "mlflow.db")]
-    assert backup.main(command) == 0
+    command = ["backup", "save", str(copy), "--database", str(embedded.state / "mlflow" / "mlflow.db")]
+    assert main(command) == 0
 
     other = Embedded(tmp_path / "other", environ={}, default_ports=False)
     (other.state / "mlflow").mkdir(parents=True)
@@ -63,10 +64,10 @@ def test_only_the_object_store_need_be_there(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     client().put_object(Bucket=DATASETS_BUCKET, Key="backup/two.csv", Body=b"a,b\n")
     copy = tmp_path / "copy"
-    assert backup.main(["save", str(copy)]) == 0
-    assert backup.main(["restore", str(copy)]) == 0
+    assert main(["backup", "save", str(copy)]) == 0
+    assert main(["backup", "restore", str(copy)]) == 0
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    assert backup.main(["save", str(tmp_path / "another")]) == 1
+    assert main(["backup", "save", str(tmp_path / "another")]) == 1
     assert "does not answer" in capsys.readouterr().err
 
 
@@ -95,7 +96,7 @@ def test_a_copy_is_not_mixed_with_an_older_one(platform: Settings, tmp_path: Pat
 
 
 def test_restoring_from_nothing_says_so(platform: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert backup.main(["restore", str(tmp_path)]) == 1
+    assert main(["backup", "restore", str(tmp_path)]) == 1
     assert "no copy in" in capsys.readouterr().err
 
 

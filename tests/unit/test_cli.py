@@ -5,10 +5,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from mlplatform_ops.cli import main
+from mlplatform_ops.cli import app, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,34 +35,111 @@ def test_a_command_that_fails_prints_one_line_and_no_trace(command: str, tmp_pat
     assert line.endswith("run 'make up'")
 
 
-def test_a_taken_port_ends_the_start_with_the_variables_name(tmp_path: Path) -> None:
-    outcome = run(["up"], MLPLATFORM_STATE=str(tmp_path / "state"), MLPLATFORM_S3_PORT="no port")
-    assert outcome.returncode == 1
-    assert outcome.stderr == "error: MLPLATFORM_S3_PORT='no port' is not a port; set it to a number from 1 to 65535\n"
+HELP = " ('python -m mlplatform_ops{} --help' explains)"
+# What is typed, the exit status, and the line that is printed.
+MISTAKES = [
+    ("", 2, "No command is given" + HELP.format("")),
+    ("ups", 2, 'Unknown command "ups". Did you mean "up"? Available commands: '),
+    ("up now", 2, "Unused Tokens: ['now']" + HELP.format(" up")),
+    ("status --verbose", 2, "Unknown option: --verbose"),
+    ("up", 1, "MLPLATFORM_S3_PORT='no port' is not a port; set it to a number from 1 to 65535"),
+    ("status", 1, "no platform was started here ("),
+    ("env", 1, "no platform was started here ("),
+    ("run 99", 1, "notebook '99' is not there"),
+    ("run 01 -p size=1", 1, "-p 'size=1' is not NOTEBOOK:NAME=VALUE for one of: 01_explore_data"),
+    ("run 01 -p 01:no_such_name=1", 1, "01_explore_data has no parameter 'no_such_name'; it has: "),
+    ("run 02 -p 02:seed=[", 1, "-p '02:seed=[': '[' is not YAML; "),
+    ("run -p", 2, 'Command "run" parameter -p requires an argument' + HELP.format(" run")),
+    ("run --platform moon", 2, 'Invalid value "moon" for --platform. Choose from: "embedded", "k8s", "env"'),
+    ("run --platform env", 1, "no platform was started here ("),
+    ("run --platform k8s", 1, "no kubeconfig to find a cluster in; set KUBECONFIG, or make a cluster: "),
+    ("features --platform moon", 2, 'Invalid value "moon" for --platform. '),
+    ("features --platform k8s --overlay stagign", 1, "no overlay at "),
+    ("features 01", 2, "Unused Tokens: ['01']"),
+    ("k8s-up", 1, "no kubeconfig to find a cluster in; set KUBECONFIG, or make a cluster: "),
+    ("k8s-up --overlay stagign", 1, "no overlay at "),
+    ("k8s-up --context", 2, 'Command "k8s-up" parameter --context requires an argument'),
+    ("k8s-status --yes=maybe", 2, 'Invalid value for --yes: unable to convert "maybe" into bool'),
+    ("k8s-forward --overlay stagign", 1, "no overlay at "),
+    ("k8s-down --overlay stagign", 1, "no overlay at "),
+    ("k8s-down --keep-data --delete-data", 2, "Parameter --delete-data specified multiple times"),
+    ("k8s-secrets --overlay stagign", 1, "no overlay at "),
+    (
+        "k8s-secrets --rotate radis",
+        2,
+        'Invalid value "radis" for --rotate. Did you mean "redis"? Choose from: "feature-',
+    ),
+    ("backup", 2, "No command is given to backup" + HELP.format(" backup")),
+    ("backup save", 2, 'Command "backup save" parameter FOLDER requires an argument' + HELP.format(" backup save")),
+    ("backup save here", 1, "no platform was started here ("),
+    ("backup restore nowhere", 1, "no platform was started here ("),
+    ("backup restore nowhere --database x", 2, "Unknown option: --database"),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["run", "99"], "notebook '99' is not there"),
-        (["run", "01", "-p", "size=1"], "is not NOTEBOOK:NAME=VALUE"),
-        (["run", "01", "-p", "01:no_such_name=1"], "01_explore_data has no parameter 'no_such_name'; it has: "),
-    ],
-)
-def test_a_mistyped_run_is_refused_before_the_platform_starts(
-    arguments: list[str], message: str, no_platform: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("typed", "status", "line"), MISTAKES, ids=[typed or "nothing" for typed, _, _ in MISTAKES])
+def test_a_mistake_is_answered_with_one_line_before_anything_starts(
+    typed: str,
+    status: int,
+    line: str,
+    no_platform: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(arguments) == 1
-    assert message in capsys.readouterr().err
+    monkeypatch.setenv("MLPLATFORM_S3_PORT", "no port")
+    monkeypatch.setenv("KUBECONFIG", str(no_platform))
+    assert main(typed.split()) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {line}")
+    assert captured.err.count("\n") == 1
     assert not no_platform.exists()
 
 
-def test_importing_the_package_starts_nothing_and_loads_nothing_heavy() -> None:
+def test_ctrl_c_ends_a_command_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlplatform_ops.embedded.platform.Embedded.down", interrupt)
+    assert main(["down"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+COMMANDS = [
+    "up", "down", "status", "env", "clean", "lab", "serve", "ui", "features", "data", "run", "backup save",
+    "backup restore", "k8s-secrets", "k8s-up", "k8s-forward", "k8s-status", "k8s-down",
+]  # fmt: skip
+
+
+def test_help_explains_every_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"  {command.split()[0]}: " in listed
+        assert main([*command.split(), "--help"]) == 0
+        explained = capsys.readouterr().out
+        assert "Usage: mlplatform " + command in explained
+    assert main(["run", "--help"]) == 0
+    explained = " ".join(capsys.readouterr().out.split())
+    for option in ("-p STR...: NOTEBOOK:NAME=VALUE", "--overlay STR: A folder of deploy/overlays. [default: local]"):
+        assert option in explained
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_can_complete_commands_options_and_choices(shell: Literal["bash", "zsh", "fish"]) -> None:
+    script = app.generate_completion(shell=shell)
+    for word in ("k8s-secrets", "overlay", "feature-server"):
+        assert word in script
+
+
+def test_help_is_fast_since_it_loads_nothing_heavy() -> None:
     code = (
-        "import sys, mlplatform_ops.cli; print([m for m in ('mlflow', 'feast', 'pandas', 'boto3') if m in sys.modules])"
+        "import sys; from mlplatform_ops.cli import app, main; main(['--help'])\n"
+        "heavy = {'boto3', 'feast', 'kubernetes', 'mlflow', 'numpy', 'pandas', 'sklearn'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert outcome.stdout == "[]\n"
+    assert outcome.stderr == "[]\n"
 
 
 def test_every_target_of_the_makefile_is_explained_by_help() -> None:

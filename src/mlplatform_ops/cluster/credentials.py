@@ -1,18 +1,17 @@
 """The secrets of a cluster: random values made once, and the files that the manifests' generators read.
 
-`values.env` beside the derived files holds every value; the rest only arranges them for MLflow, Redis, SeaweedFS and
-Postgres. A derived file is made anew when values or overlay change, unless somebody edited it, and by a rotation in any
-case. All of it lies in an overlay's git-ignored `secrets` folder, readable by its owner alone.
+`values.env` holds every value, and is the one file to edit. The other files arrange the values for MLflow, Redis,
+SeaweedFS and Postgres, and are written again whenever the values or the overlay change. All of it lies in the
+overlay's git-ignored folder `secrets`, readable by its owner alone.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from mlplatform.errors import ClusterError
@@ -21,11 +20,10 @@ from mlplatform_ops.console import Notify
 from mlplatform_ops.files import write_private
 
 VALUES = "values.env"
-# Digests of the files as they were written, which tell an edited one.
-WRITTEN = ".written.json"
 PREVIOUS = "_PREVIOUS"
+Group = Literal["feature-server", "mlflow", "object-store", "redis"]
 # What `rotate` replaces together. A name and its password change as one, so that old and new can both be valid.
-GROUPS = {
+GROUPS: dict[str, tuple[str, ...]] = {
     "feature-server": ("FEATURE_SERVER_TOKEN",),
     "mlflow": ("MLFLOW_ADMIN_USERNAME", "MLFLOW_ADMIN_PASSWORD"),
     "object-store": ("S3_ACCESS_KEY", "S3_SECRET_KEY", "S3_READER_ACCESS_KEY", "S3_READER_SECRET_KEY"),
@@ -56,7 +54,7 @@ def write_secrets(
         overlay: The overlay's folder.
         rotate: Groups (`GROUPS`) that get new values; the old ones stay valid beside them until they are retired.
         retire: Groups whose old values end.
-        notify: Called with a line for each file that is written, or kept although it differs.
+        notify: Called with a line for each file that is written.
 
     Returns:
         The files that were written.
@@ -77,7 +75,7 @@ def write_secrets(
         ).items()
         if name in wanted
     }
-    return _write(folder, texts, anyway={VALUES} if not (rotate or retire) else set(texts), notify=notify)
+    return _write(folder, texts, notify=notify)
 
 
 def changed_values(
@@ -232,28 +230,15 @@ def _basic_auth(values: Mapping[str, str], database: str) -> str:
     )
 
 
-def _write(folder: Path, texts: Mapping[str, str], *, anyway: Collection[str], notify: Notify) -> list[Path]:
-    """Write what changed; keep what somebody edited, unless it is to be written anyway."""
-    record = folder / WRITTEN
-    digests: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
+def _write(folder: Path, texts: Mapping[str, str], *, notify: Notify) -> list[Path]:
+    """Write the files whose text changed."""
     written = []
     for name, text in texts.items():
         path = folder / name
-        present = path.read_text() if path.exists() else None
-        edited = present is not None and _digest(present) != digests.get(name)
-        if present == text:
+        if path.exists() and path.read_text() == text:
             path.chmod(0o600)
-        elif edited and name not in anyway:
-            notify(f"kept {path}, which was edited or is of an earlier version; delete it to have it made anew")
             continue
-        else:
-            write_private(path, text)
-            written.append(path)
-            notify(f"wrote {path}" + (", over what somebody had edited" if edited and name != VALUES else ""))
-        digests[name] = _digest(text)
-    write_private(record, json.dumps(digests, indent=2) + "\n")
+        write_private(path, text)
+        written.append(path)
+        notify(f"wrote {path}")
     return written
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
