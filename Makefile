@@ -8,6 +8,8 @@ READY := $(VENV)/.ready
 PLATFORM ?= embedded
 OVERLAY ?= local
 CLUSTER = --overlay $(OVERLAY) $(if $(CONTEXT),--context '$(CONTEXT)') $(if $(YES),--yes)
+# Two processes: what needs the session's platform runs in one, the rest beside it (tests/conftest.py).
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 CLI = $(BIN)/python -m mlplatform_ops
 
 ##@ Start here
@@ -19,7 +21,7 @@ run: $(READY) ## Start the platform, run every notebook, render them, say where 
 	@$(CLI) run --platform $(PLATFORM) $(CLUSTER)
 
 test: $(READY) ## Pass every test, on a platform of its own
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 ##@ The platform on this machine
 .PHONY: up down status env lab serve ui clean
@@ -73,9 +75,24 @@ k8s-down: $(READY) ## Remove the platform from the cluster; asks before it delet
 	@$(CLI) $@ $(CLUSTER) $(if $(DATA),--$(DATA)-data)
 
 ##@ Working on the repository
-.PHONY: lint format lock install
-lint: $(READY) ## Check style and types
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+.PHONY: check lint test-unit test-services test-notebooks test-cluster format lock install
+check: lint test-unit ## Check style, types and contracts, and pass the unit tests: seconds
+
+lint: $(READY) ## Check style, types, the contracts between packages, and the workflows
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
+	@$(BIN)/zizmor --offline --quiet .github
+
+test-unit: $(READY) ## Pass the tests that need no server
+	@$(PYTEST) tests/unit
+
+test-services: $(READY) ## Pass the tests of one service each, against real servers
+	@$(PYTEST) tests/services
+
+test-notebooks: $(READY) ## Run every notebook and check what it made
+	@$(PYTEST) tests/notebooks
+
+test-cluster: $(READY) ## Pass the tests of the manifests and of the k8s- commands
+	@$(PYTEST) tests/cluster
 
 format: $(READY) ## Format code and notebooks, strip the notebooks' outputs
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/nbstripout notebooks/*.ipynb

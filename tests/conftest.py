@@ -13,6 +13,24 @@ from mlplatform_ops import runner as notebooks
 from mlplatform_ops.embedded.platform import Embedded
 
 ROOT = Path(__file__).parent.parent
+SHARED = {"embedded", "executed", "platform"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Divide the tests between the two processes of `make test`.
+
+    All that need the session's platform share one process, which starts it once. They come first, since they take
+    longest. Beside them, the other process takes one file after the other.
+    """
+
+    def needs_platform(item: pytest.Item) -> bool:
+        return bool(SHARED & set(getattr(item, "fixturenames", ())))
+
+    for item in items:
+        group = "platform" if needs_platform(item) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=needs_platform, reverse=True)
 
 
 @pytest.fixture(scope="session")

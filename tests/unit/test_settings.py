@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -110,14 +108,3 @@ def test_a_platform_that_is_down_is_said_and_leaves_the_environment_alone() -> N
     with pytest.raises(ServiceDownError, match=r"at .* does not answer; run 'make up'"):
         connect(environ)
     assert environ == before
-
-
-def test_feast_is_imported_without_being_compiled_twice() -> None:
-    show = "import feast; print(feast.Entity.__init__.__code__.co_varnames)"
-    hasten = "from mlplatform.connection import hasten_feast; hasten_feast();"
-    plain, spared = (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        for code in (show, hasten + show)
-    )
-    assert "memo" in plain, "Feast no longer uses typeguard: hasten_feast can go"
-    assert "memo" not in spared
