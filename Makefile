@@ -57,6 +57,11 @@ data: $(READY) ## Derive data/income_data.csv again from its source and check bo
 features: $(READY) ## Register the features and materialise them to the online store
 	@$(CLI) features --platform $(PLATFORM) $(CLUSTER)
 
+##@ Batches and drift
+.PHONY: drift
+drift: $(VENV)/.drift ## Compare BATCH=s3://..., or what the endpoint saw, with the champion's training data
+	@$(CLI) drift --platform $(PLATFORM) $(CLUSTER) $(if $(BATCH),--batch $(BATCH)) $(if $(DAYS),--days $(DAYS))
+
 ##@ On a cluster (OVERLAY=local, CONTEXT=the current one, YES=1 to go on in production)
 .PHONY: k8s-secrets k8s-up k8s-forward k8s-status k8s-down
 k8s-secrets: $(READY) ## Generate the cluster's secrets into git-ignored files; existing ones are kept (ROTATE=, RETIRE=)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m mlplatform_ops"
 PlatformName = Literal["embedded", "k8s", "env"]
+ALARM_STATUS = 3  # so that a schedule tells an alarm from a failure
 
 app = App(
     name="mlplatform",
@@ -181,6 +182,35 @@ def features(*, platform: PlatformName = "embedded", target: Target = CURRENT) -
         from mlplatform.features import build
 
         build(notify=say)
+
+
+@app.command
+def drift(
+    *,
+    batch: str | None = None,
+    days: int | None = None,
+    platform: PlatformName = "embedded",
+    target: Target = CURRENT,
+) -> int:
+    """Compare what the endpoint saw, or a batch, with the champion's training data; status 3 means an alarm.
+
+    Args:
+        batch: S3 address of the rows to judge; by default the endpoint's log, or else the newest batch.
+        days: How far back the endpoint's log is read; all of it by default.
+        platform: Where; env is the platform that the environment's variables name.
+        target: Which cluster, for k8s.
+    """
+    with _platform(platform, target, ()):
+        from mlplatform import drift_watch
+
+        source, rows = drift_watch.find_batch(batch, days=days)
+        watched = drift_watch.watch(rows, source=source)
+    page = find_root() / "build" / "drift.prom"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(drift_watch.prometheus_text(watched))
+    say(str(watched))
+    say(f"run {watched.run_id} of MLflow's experiment {drift_watch.EXPERIMENT} has the report, {drift_watch.REPORT}")
+    return ALARM_STATUS if watched.alarm else 0
 
 
 @app.command
