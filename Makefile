@@ -13,12 +13,15 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 CLI = $(BIN)/python -m mlplatform_ops
 
 ##@ Start here
-.PHONY: help run test
+.PHONY: help run run-all test
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {gsub(/\$$\$$/, "$$", $$2); printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(READY) ## Start the platform, run every notebook, render them, say where to look
 	@$(CLI) run --platform $(PLATFORM) $(CLUSTER)
+
+run-all: $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift ## The same with notebooks 8 to 10, which need packages of their own
+	@$(CLI) run --every --platform $(PLATFORM) $(CLUSTER)
 
 test: $(READY) ## Pass every test, on a platform of its own
 	@$(PYTEST)
@@ -119,7 +122,7 @@ lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requ
 # A group of packages that only some targets need: `$(VENV)/.pipelines` stands for it. Adding one removes nothing.
 $(VENV)/.%: requirements-%.lock $(READY)
 	@echo 'Adding the packages of $*' >&2
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r $<
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r $< 2>$(VENV)/$*.log || { echo "error: the packages of $* cannot be added ($$(sed -n '$$p' $(VENV)/$*.log)); check the package index, see $(VENV)/$*.log, and run this again" >&2; exit 1; }
 	@touch $@
 
 # uv installs the 270 packages in a tenth of pip's time; pip itself fetches it, checked by its hash.

@@ -227,6 +227,7 @@ def data() -> None:
 def run(
     *notebooks: str,
     parameters: Annotated[Sequence[str], Parameter(name="-p", show_default=False)] = (),
+    every: bool = False,
     output: Path | None = None,
     platform: PlatformName = "embedded",
     target: Target = CURRENT,
@@ -234,8 +235,9 @@ def run(
     """Run the notebooks in order, render them, and say where to look.
 
     Args:
-        notebooks: Names such as 02; those that they need run too. All by default.
+        notebooks: Names such as 02; those that they need run too. All of the core by default.
         parameters: NOTEBOOK:NAME=VALUE sets a parameter; may be repeated.
+        every: Whether to run those too that need a group of packages of their own.
         output: The folder for executed copies and pages, build/notebooks by default.
         platform: Where; env is the platform that the environment's variables name.
         target: Which cluster, for k8s.
@@ -243,9 +245,11 @@ def run(
     from mlplatform_ops import runner
 
     root = find_root()
-    chosen = runner.select(runner.find_notebooks(root / "notebooks"), notebooks)
+    folder = root / "notebooks"
+    chosen = runner.select(runner.find_notebooks(folder, groups=every or bool(notebooks)), notebooks)
     given = _parameters(parameters, [path.stem for path in chosen])
     for path in chosen:
+        runner.check_group(path)
         runner.check_parameters(path, given.get(path.stem, {}))
     folder = (output or root / "build" / "notebooks").resolve()
     with _platform(platform, target, {name for path in chosen for name in runner.services(path)}) as settings:

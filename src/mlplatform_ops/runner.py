@@ -1,7 +1,8 @@
 """Run notebooks headlessly, in the order that they need each other, and read what they found.
 
 A notebook's metadata names the notebooks whose results it needs, under `mlplatform.needs`, and the on-demand services,
-under `mlplatform.services`. Notebooks that do not depend on each other run side by side.
+under `mlplatform.services`, and the group of packages that it needs beside the base's, under `mlplatform.group`.
+Notebooks that do not depend on each other run side by side.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +25,9 @@ from mlplatform.errors import NotebookError
 # Two at a time: a third kernel gains nothing on the two cores of a small CI machine.
 AT_ONCE = 2
 CELL_TIMEOUT_S = 600
+
+# The module of each group of packages that tells whether the group is installed.
+GROUPS = {"pipelines": "kfp", "serving": "bentoml", "drift": "evidently"}
 
 Parameters = Mapping[str, Mapping[str, object]]
 
@@ -46,16 +51,38 @@ class Execution:
     skipped: bool = False
 
 
-def find_notebooks(folder: Path) -> list[Path]:
+def find_notebooks(folder: Path, *, groups: bool = False) -> list[Path]:
     """List the notebooks of a folder in the order of their names.
+
+    Args:
+        folder: Where they lie.
+        groups: Whether to list those too that need a group of packages beside the base's.
 
     Raises:
         NotebookError: There is none.
     """
-    found = sorted(folder.glob("[0-9]*.ipynb"))
+    found = [path for path in sorted(folder.glob("[0-9]*.ipynb")) if groups or not group(path)]
     if not found:
         raise NotebookError(f"no notebook in {folder}; run this inside a clone of the repository")
     return found
+
+
+def group(notebook: Path) -> str:
+    """Read which group of packages a notebook needs beside the base's; empty for none."""
+    return str(_metadata(notebook).get("group", ""))
+
+
+def check_group(notebook: Path) -> None:
+    """Make sure that the packages are installed that a notebook needs.
+
+    Raises:
+        NotebookError: Its group is not installed, or there is no such group.
+    """
+    name = group(notebook)
+    if name and name not in GROUPS:
+        raise NotebookError(f"{notebook.stem} names the group {name!r}; there are: {', '.join(GROUPS)}")
+    if name and find_spec(GROUPS[name]) is None:
+        raise NotebookError(f"{notebook.stem} needs the packages of the group {name!r}; run 'make .venv/.{name}'")
 
 
 def needs(notebook: Path) -> set[str]:

@@ -10,7 +10,8 @@ import pytest
 
 from mlplatform.errors import NotebookError
 from mlplatform.results import read_results
-from mlplatform_ops.runner import check_parameters, find_notebooks, run_all, select
+from mlplatform_ops import runner
+from mlplatform_ops.runner import check_group, check_parameters, find_notebooks, run_all, select
 
 RECORD = "from mlplatform.results import record\nrecord(doubled=2 * size)"
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -21,10 +22,10 @@ Write = Callable[..., Path]
 def write(tmp_path: Path) -> Write:
     """Write a notebook with a parameter `size` and the given cells."""
 
-    def write(name: str, cells: Sequence[str] = (RECORD,), needs: Sequence[str] = ()) -> Path:
+    def write(name: str, cells: Sequence[str] = (RECORD,), needs: Sequence[str] = (), group: str = "") -> Path:
         notebook = nbformat.v4.new_notebook(
             cells=[nbformat.v4.new_code_cell(source) for source in ("size: int = 1  # how many, rows", *cells)],
-            metadata={"kernelspec": KERNEL, "mlplatform": {"needs": list(needs)}},
+            metadata={"kernelspec": KERNEL, "mlplatform": {"needs": list(needs), "group": group}},
         )
         notebook.cells[0].metadata["tags"] = ["parameters"]
         path = tmp_path / f"{name}.ipynb"
@@ -142,3 +143,19 @@ def test_a_notebook_that_recorded_nothing_is_an_error(write: Write) -> None:
 
 def test_declared_parameters_pass(write: Write) -> None:
     check_parameters(write("01_double"), {"size": 3})
+
+
+def test_a_notebook_of_a_group_runs_only_when_asked_for(write: Write, tmp_path: Path) -> None:
+    write("01_a")
+    write("08_b", needs=["01_a"], group="pipelines")
+    assert [path.stem for path in find_notebooks(tmp_path)] == ["01_a"]
+    assert [path.stem for path in find_notebooks(tmp_path, groups=True)] == ["01_a", "08_b"]
+
+
+def test_a_group_that_is_not_installed_is_named_with_what_to_run(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(runner.GROUPS, "drift", "no_such_module")
+    with pytest.raises(NotebookError, match=r"10_c needs the packages of the group 'drift'; run 'make \.venv/\.drift'"):
+        check_group(write("10_c", group="drift"))
+    with pytest.raises(NotebookError, match="names the group 'drifting'; there are: pipelines, serving, drift"):
+        check_group(write("10_d", group="drifting"))
+    check_group(write("01_a"))
