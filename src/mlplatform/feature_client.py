@@ -1,4 +1,4 @@
-"""Read online features over HTTP from the feature server, with nothing but requests."""
+"""Read online features over HTTP from the feature server, without Feast: only requests and pandas."""
 
 from __future__ import annotations
 
@@ -16,16 +16,11 @@ from mlplatform.errors import CredentialsError, DataError, RegistryError, Servic
 from mlplatform.history import USER_ID
 
 SERVICE = "income_v1"
-
-
 FOUND = "found"
-
-
 _NEXT = "run 'make features'"
 
-
-# A forward to a cluster that drops is back within three seconds; MLflow's, boto3's and Redis's clients wait as well.
-_PATIENCE = Retry(3, read=1, backoff_factor=0.5, allowed_methods=None)
+# A dropped forward to a cluster is back within three seconds. MLflow's, boto3's and Redis's clients wait as long.
+_RETRIES = Retry(3, read=1, backoff_factor=0.5, allowed_methods=None)
 
 
 def read_server(
@@ -35,12 +30,12 @@ def read_server(
     environ: Mapping[str, str] = os.environ,
     timeout_s: float = 10.0,
 ) -> pd.DataFrame:
-    """Read the same as `read_online` over HTTP, from the feature server.
+    """Send the request that the `curl` of notebook 6 sends, and arrange the answer as `features.read_online` does.
 
     Args:
         users: User ids.
-        features: As in `point_in_time`.
-        environ: Where `FEATURE_SERVER_URL` and, if the server wants one, `FEATURE_SERVER_TOKEN` are looked up.
+        features: The name of a feature service, or `view:feature` for each feature.
+        environ: Variables by name: `FEATURE_SERVER_URL`, and `FEATURE_SERVER_TOKEN` if the server wants one.
         timeout_s: How long the server may take, in seconds; a connection that breaks is tried again, within 3 s.
 
     Returns:
@@ -57,7 +52,7 @@ def read_server(
     token = environ.get("FEATURE_SERVER_TOKEN")
     try:
         with requests.Session() as session:
-            session.mount(url, HTTPAdapter(max_retries=_PATIENCE))
+            session.mount(url, HTTPAdapter(max_retries=_RETRIES))
             reply = session.post(
                 f"{url}/get-online-features",
                 json={**asked, "entities": {USER_ID: list(checked_users(users))}},
@@ -83,7 +78,7 @@ def read_server(
 
 
 def require_found(online: pd.DataFrame) -> pd.DataFrame:
-    """Pass on what `read_online` or `read_server` returned if every user was found.
+    """Return what `read_online` or `read_server` returned, but only if every user was found.
 
     Returns:
         The frame without its `found` column.
@@ -101,9 +96,9 @@ def require_found(online: pd.DataFrame) -> pd.DataFrame:
 def online_frame(
     users: Sequence[str], columns: Mapping[str, Sequence[Any]], stored: Sequence[Sequence[bool]]
 ) -> pd.DataFrame:
-    """Arrange an online answer as `read_online` returns it."""
+    """Arrange an online answer as a frame: user, `found`, and the features in our order."""
     found = [all(flags) for flags in zip(*stored, strict=True)]
-    # Feast answers in an order of its own, another one each time.
+    # Feast gives the features in an order that differs from call to call.
     order = sorted(columns, key=lambda name: history.FEATURES.index(name) if name in history.FEATURES else -1)
     return pd.DataFrame({USER_ID: list(users), FOUND: found, **{name: columns[name] for name in order}})
 

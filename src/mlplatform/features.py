@@ -1,7 +1,7 @@
-"""The feature store in a few verbs: write the history, apply, materialise, look back, read online.
+"""The feature store: write the history, apply, materialise, ask the history, read online.
 
-All of it goes through Feast's own API. What is added are clear errors, figures of what was done, and an explicit
-answer for a user whom nobody knows. The environment names the platform, so call `settings.connect` first.
+Each function calls Feast's own API. It adds clear errors, figures of what was done, and an explicit answer for a user
+who is not stored. Feast reads the platform's addresses from the environment, so call `connect` first.
 """
 
 from __future__ import annotations
@@ -35,13 +35,8 @@ MATERIALISE_END = WINDOW_END + pd.Timedelta(days=1)
 Notify = Callable[[str], None]
 
 
-def source_uri(view: str) -> str:
-    """Say where a view's feature file lies."""
-    return f"s3://{FEATURES_BUCKET}/{view}.parquet"
-
-
 def write_history(versions: pd.DataFrame, *, notify: Notify = lambda _: None) -> dict[str, str]:
-    """Store the feature history as one parquet file per view, unless that very file is there already.
+    """Store the history as one parquet file per view, under the names in `feature_repo`, if its bytes have changed.
 
     Args:
         versions: The history, as `history.build_history` returns it.
@@ -50,11 +45,14 @@ def write_history(versions: pd.DataFrame, *, notify: Notify = lambda _: None) ->
     Returns:
         Where each view's file is, by view.
     """
-    return {view: _write(frame, source_uri(view), notify) for view, frame in history.split_views(versions).items()}
+    return {
+        view: _write(frame, f"s3://{FEATURES_BUCKET}/{view}.parquet", notify)
+        for view, frame in history.split_views(versions).items()
+    }
 
 
 def _write(frame: pd.DataFrame, uri: str, notify: Notify) -> str:
-    body, _ = objectstore.encode(frame, uri)
+    body = objectstore.encode(frame, uri)
     with contextlib.suppress(MissingObjectError):
         if objectstore.read_bytes(uri) == body:
             notify(f"{uri}: {len(frame):,} rows, there already")
@@ -64,7 +62,7 @@ def _write(frame: pd.DataFrame, uri: str, notify: Notify) -> str:
 
 
 def open_store(repo: Path | None = None) -> FeatureStore:
-    """Open the feature store whose registry is in the object store.
+    """Open the feature store; unlike `FeatureStore(...)`, refuse if there is no registry, and write no empty one.
 
     Args:
         repo: The folder of `feature_store.yaml`, by default `feature_repo` of the clone around the working directory.
@@ -78,17 +76,17 @@ def open_store(repo: Path | None = None) -> FeatureStore:
     try:
         objectstore.read_bytes(uri)
     except MissingObjectError as error:
-        # Feast itself would write an empty registry, and answer later that nothing is registered.
+        # Feast would write an empty registry now, and say later that nothing is registered.
         raise RegistryError(f"there is no feature registry at {uri}; {_NEXT}") from error
     return FeatureStore(repo_path=str(folder))
 
 
 def apply(repo: Path | None = None, *, notify: Notify = lambda _: None) -> FeatureStore:
-    """Bring the registry in line with the definitions in the feature repository, as `feast apply` does.
+    """Do what `feast apply` does, in this process: the command spends most of its time on importing Feast.
 
     Args:
         repo: As in `open_store`.
-        notify: Called with each line that Feast has to say.
+        notify: Called with each line that Feast prints.
 
     Raises:
         RegistryError: Another command changed the registry meanwhile; nothing was written.
@@ -96,7 +94,7 @@ def apply(repo: Path | None = None, *, notify: Notify = lambda _: None) -> Featu
     """
     folder = _folder(repo)
     config = load_repo_config(folder, folder / "feature_store.yaml")
-    with _importing_from(folder), _translated(config.online_store.connection_string), _captured(notify):
+    with _importing_from(folder), _store_errors(config.online_store.connection_string), _captured(notify):
         apply_total(config, folder, skip_source_validation=True)
     return FeatureStore(repo_path=str(folder))
 
@@ -108,9 +106,10 @@ def materialise(
     *,
     notify: Notify = lambda _: None,
 ) -> list[Written]:
-    """Load the latest value of every user within a time range into the online store.
+    """Call `FeatureStore.materialize` view by view; adds what each view wrote, and errors where Feast succeeds in vain.
 
-    A later value replaces the one that is there, an earlier one never does, so doing it twice changes nothing.
+    The latest value of each user in the time range goes to the online store. It replaces an earlier value and never a
+    later one, so doing it twice changes nothing.
 
     Args:
         store: The feature store.
@@ -136,7 +135,7 @@ def materialise(
     engine.listener = done.append
     try:
         for view in views:
-            with _translated(store.config.online_store.connection_string, store), _captured():
+            with _store_errors(store.config.online_store.connection_string, store), _captured():
                 store.materialize(_utc(start).to_pydatetime(), _utc(end).to_pydatetime(), feature_views=[view])
             notify(f"{view}: {_figures(done[-1:])}")
     finally:
@@ -148,7 +147,7 @@ def materialise(
 
 
 def build(data_path: Path | None = None, repo: Path | None = None, *, notify: Notify = print) -> list[Written]:
-    """Do all it takes from the income file to features online; done twice, the second time changes nothing.
+    """Do all steps from the income file to features online; doing them twice changes nothing.
 
     Args:
         data_path: The income file, by default `data/income_data.csv` of the clone around the working directory.
@@ -170,31 +169,31 @@ def build(data_path: Path | None = None, repo: Path | None = None, *, notify: No
 def point_in_time(
     store: FeatureStore, entity_df: pd.DataFrame, features: str | Sequence[str] = SERVICE
 ) -> pd.DataFrame:
-    """Ask what was known of each user at a moment of their own.
+    """Call `get_historical_features`: what was known of each user at each moment; misspelt names are named.
 
     Args:
         store: The feature store.
-        entity_df: `user_id`, `event_timestamp` (UTC if naive), and anything else to be kept.
+        entity_df: `user_id`, `event_timestamp` (UTC if naive), and any other columns, which are kept.
         features: The name of a feature service, or `view:feature` for each feature.
 
     Returns:
-        The same rows in the same order with a column per feature, null where the value was not known yet, is older
-        than the view's ttl, or the user is unknown.
+        The same rows in the same order with a column per feature. A value is null if it did not exist yet, is older
+        than the view's ttl, or if the user is unknown.
 
     Raises:
-        DataError: The entity frame lacks a column, or its moments are no times.
+        DataError: The entity frame lacks a column, or `event_timestamp` holds no times.
         RegistryError: The service, a view or a feature is not registered.
         MissingObjectError: A feature file is not there.
         ServiceDownError: The object store does not answer.
     """
-    with _translated(store.config.online_store.connection_string, store):
+    with _store_errors(store.config.online_store.connection_string, store):
         job = store.get_historical_features(entity_df=entity_df, features=_resolve(store, features))
         frame: pd.DataFrame = job.to_df()
     return frame
 
 
 def read_online(store: FeatureStore, users: Sequence[str], features: str | Sequence[str] = SERVICE) -> pd.DataFrame:
-    """Read what the online store holds of some users now.
+    """Call `get_online_features`; adds a column that tells a user without a stored value from one whose value is null.
 
     Feast does not apply the ttl online: a value stays until a later one replaces it, however old it gets.
 
@@ -213,7 +212,7 @@ def read_online(store: FeatureStore, users: Sequence[str], features: str | Seque
         ServiceDownError: The online store does not answer.
     """
     rows = [{USER_ID: user} for user in checked_users(users)]
-    with _translated(store.config.online_store.connection_string, store):
+    with _store_errors(store.config.online_store.connection_string, store):
         answer = store.get_online_features(features=_resolve(store, features), entity_rows=rows)
     columns = answer.to_dict(include_event_timestamps=True)
     names = [name for name in columns if name != USER_ID and not name.endswith("__ts")]
@@ -225,7 +224,7 @@ def read_online(store: FeatureStore, users: Sequence[str], features: str | Seque
 
 
 def _resolve(store: FeatureStore, features: str | Sequence[str]) -> FeatureService | list[str]:
-    """Look names up in the registry, so that a misspelt one is answered with those that there are."""
+    """Look the names up in the registry, so that the error for a misspelt one lists those that exist."""
     if isinstance(features, str):
         service: FeatureService = store.get_feature_service(features)
         return service
@@ -238,8 +237,8 @@ def _resolve(store: FeatureStore, features: str | Sequence[str]) -> FeatureServi
 
 
 @contextlib.contextmanager
-def _translated(online_store: str, store: FeatureStore | None = None) -> Iterator[None]:
-    """Turn the errors of Feast and Redis into ours; those without a meaning here pass unchanged."""
+def _store_errors(online_store: str, store: FeatureStore | None = None) -> Iterator[None]:
+    """Turn the errors of Feast and Redis into ours; those that mean nothing here pass unchanged."""
     address = online_store.partition(",")[0]
     try:
         yield
@@ -264,7 +263,7 @@ def _registered(store: FeatureStore) -> str:
 
 @contextlib.contextmanager
 def _captured(notify: Notify = lambda _: None) -> Iterator[None]:
-    """Take what Feast prints, and pass it on line by line."""
+    """Catch what Feast prints, and call `notify` with each line."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         yield
@@ -275,7 +274,7 @@ def _captured(notify: Notify = lambda _: None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """Let Feast import a repository's files by their bare names, and leave no trace of it in this process."""
+    """Let Feast import a repository's files as top-level modules, and forget them afterwards."""
     before, bytecode = set(sys.modules), sys.dont_write_bytecode
     sys.path.insert(0, str(folder))
     try:

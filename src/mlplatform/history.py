@@ -1,8 +1,8 @@
-"""The feature history: when was which row of the income data which user's state?
+"""The feature history: a user and a moment for each row of the income data.
 
-The census file knows no users and no time, and a feature store needs both. This module makes them up once, the same
-on every machine: each row becomes one version of one user, and a version is a moment. Going back to the moment gives
-back the row, so that a point-in-time join can be checked against the file itself.
+A feature store needs users and times, and the census file has neither. This module invents them, the same on every
+machine: each row becomes one version of one user, valid from one moment on. Whoever asks the feature store about that
+user at that moment must get that row back, so the file itself checks every point-in-time join.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlplatform.income import COLUMNS
 USER_ID = "user_id"
 EVENT_TIMESTAMP = "event_timestamp"
 
-# SQL would need quotes around the hyphen, so the feature has an underscore. Every other name stays.
+# In SQL a name with a hyphen needs quotes, so the feature has an underscore. Every other column keeps its name.
 RENAMED: Mapping[str, str] = MappingProxyType({"Marital-Status": "Marital_Status"})
 FEATURES = tuple(RENAMED.get(column, column) for column in COLUMNS)
 VIEWS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -48,7 +48,7 @@ CHANGING_TIMES = (
     pd.Timestamp("2023-12-04T11:26:55.017333", tz="UTC"),
 )
 
-# Picks one of many equally good histories: in this one the changing user's job and household change each time.
+# Each salt gives another history. With this one, the changing user's job and household change each time.
 _SALT = b"43"
 _FIXED_FOR_LIFE = list(VIEWS["demographic"])
 _EDUCATION = (
@@ -78,23 +78,13 @@ _AFTER = {
 } | dict.fromkeys(_MARRIED, _MARRIED | {"Separated", "Divorced", "Widowed"})
 
 
-def to_features(frame: pd.DataFrame) -> pd.DataFrame:
-    """Give the income data's columns the names that the feature store knows them by."""
-    return frame.rename(columns=dict(RENAMED))
-
-
-def to_columns(frame: pd.DataFrame) -> pd.DataFrame:
-    """Give features the income data's column names back, the ones that a model asks for."""
-    return frame.rename(columns={feature: column for column, feature in RENAMED.items()})
-
-
 def build_history(income: pd.DataFrame, *, later_versions: int = LATER_VERSIONS) -> pd.DataFrame:
     """Make every row of the income data one version of one user.
 
-    A user's versions agree on sex, race and country, differ in something else, and follow each other as in a life:
-    education rises by one step at most, and nobody is unmarried again. Which rows belong together and when they
-    happened follows from hashes of the row numbers and not from a random number generator, whose stream may change
-    with a release of numpy.
+    The versions of a user agree on sex, race and country and differ in something else. They follow each other as in a
+    life: education rises by one step at most, and nobody who was married becomes never-married. Hashes of the row
+    numbers decide which rows belong together and when they happened. A random number generator would not do: its
+    numbers may change with a release of numpy.
 
     Args:
         income: The income data, as `income.read_income` returns it.
@@ -110,7 +100,7 @@ def build_history(income: pd.DataFrame, *, later_versions: int = LATER_VERSIONS)
     missing = [column for column in COLUMNS if column not in income.columns]
     if missing:
         raise DataError(f"the income data has no column {', '.join(missing)}; run 'make data'")
-    features = to_features(income[list(COLUMNS)]).reset_index(drop=True)
+    features = income[list(COLUMNS)].rename(columns=dict(RENAMED)).reset_index(drop=True)
     noise = _noise(len(features))
 
     order = _neighbours(features, noise[:, 0])
@@ -125,7 +115,7 @@ def build_history(income: pd.DataFrame, *, later_versions: int = LATER_VERSIONS)
 
 
 def split_views(history: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Divide the history into one frame per feature view, each with user and time."""
+    """Divide the history into one frame per feature view, each with the user and the time."""
     return {view: history[[USER_ID, EVENT_TIMESTAMP, *names]] for view, names in VIEWS.items()}
 
 
@@ -136,13 +126,13 @@ def _noise(n_rows: int) -> npt.NDArray[np.uint64]:
 
 
 def _neighbours(features: pd.DataFrame, noise: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
-    """Sort rows so that those next to each other could be one person: by what never changes, then by education."""
+    """Sort rows by what never changes and then by education, so that neighbours could be the same person."""
     fixed = features.groupby(_FIXED_FOR_LIFE, sort=True).ngroup().to_numpy()
     return np.lexsort((noise, _education_rank(features), fixed))
 
 
 def _can_follow(features: pd.DataFrame, order: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
-    """Say for each row, in neighbour order, whether it can be the next version of the row before it."""
+    """Say for each row in that order whether it can be the next version of the row before it."""
     before = features.shift()
     same_person = (features[_FIXED_FOR_LIFE] == before[_FIXED_FOR_LIFE]).all(axis=1)
     step = np.diff(_education_rank(features), prepend=-99)

@@ -1,4 +1,4 @@
-"""The census-income data: how the file is derived, read, checked, profiled and split.
+"""The census-income table: its columns, and how it is read, checked and split.
 
 Source: Adult, UCI Machine Learning Repository, B. Becker and R. Kohavi, 1996, CC BY 4.0,
 https://doi.org/10.24432/C5XW20.
@@ -29,7 +29,7 @@ POSITIVE = ">50K"
 
 
 def read_income(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read the income file and refuse one that does not look as it must.
+    """Read the income file as text; unlike `pandas.read_csv`, refuse a file that is not the income table.
 
     Args:
         path: A comma-separated UTF-8 file with the columns `COLUMNS` and `TARGET`, in any order.
@@ -56,7 +56,7 @@ def read_income(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def check_income(frame: pd.DataFrame, *, name: str = "the table") -> pd.DataFrame:
-    """Refuse a table that is not the income data's shape.
+    """Refuse a table that does not have the income data's columns, values and targets.
 
     Args:
         frame: The table as read, every column as text.
@@ -90,23 +90,10 @@ def check_income(frame: pd.DataFrame, *, name: str = "the table") -> pd.DataFram
     return frame[expected]
 
 
-def profile(frame: pd.DataFrame) -> pd.DataFrame:
-    """Describe each text column by its distinct values and its most frequent one.
-
-    Args:
-        frame: Text columns, shape `(n_rows, n_columns)`.
-
-    Returns:
-        One row per column, with `count`, `unique`, `top` and `freq`.
-    """
-    table = frame.describe().T.rename_axis("column")
-    return table.astype({"count": int, "unique": int, "freq": int})
-
-
 def split(frame: pd.DataFrame, *, test_size: float = 0.2, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Split rows at random, with the same share of each target on both sides.
+    """Split rows with `train_test_split`, with the same share of each target on both sides and a clean row index.
 
-    Features and target stay in one frame: split apart and joined again by position, rows get someone else's label.
+    Features and target stay in one frame. If they are split apart and joined again, rows can get someone else's label.
 
     Args:
         frame: The income table.

@@ -1,24 +1,24 @@
-"""Where a prediction comes from: its inputs' service, the model, the run that made it, and that run's data."""
+"""Where a prediction comes from: the features, the model, the run that trained it, and that run's data."""
 
 from __future__ import annotations
 
 import mlflow
 import pandas as pd
-from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
 from mlplatform.errors import RegistryError
+from mlplatform.tracking import data_sets, model_uri
 
 MODEL_TAG = "model"
 VERSION_TAG = "model_version"
 ALIAS_TAG = "model_alias"
 PREDICTIONS_TAG = "predictions"
-# Feast writes this one by itself when features are fetched within a run.
+# Feast writes this one by itself when features are read inside a run.
 SERVICE_TAG = "feast.feature_service"
 
 
 def note_prediction(version: ModelVersion, alias: str, predictions_uri: str) -> None:
-    """Write to the active run which model it asked and where the answers are, so that `trace` can follow."""
+    """Call `mlflow.set_tags` with the four tags that `trace` reads: the model, its version and alias, the answers."""
     mlflow.set_tags(
         {
             MODEL_TAG: version.name,
@@ -30,7 +30,7 @@ def note_prediction(version: ModelVersion, alias: str, predictions_uri: str) -> 
 
 
 def trace(run_id: str) -> pd.DataFrame:
-    """Follow a prediction back to the data its model was trained on, by what MLflow has recorded.
+    """Follow a prediction back to the data its model was trained on; MLflow records each step, and no call joins them.
 
     Args:
         run_id: The run that predicted.
@@ -39,7 +39,7 @@ def trace(run_id: str) -> pd.DataFrame:
         One row per step, from the data to the prediction: `step`, `name`, `where`.
 
     Raises:
-        RegistryError: The run says too little about itself.
+        RegistryError: The run lacks a tag that says where the prediction comes from.
     """
     prediction = mlflow.get_run(run_id)
     tags = prediction.data.tags
@@ -48,24 +48,15 @@ def trace(run_id: str) -> pd.DataFrame:
         raise RegistryError(f"run {run_id} has no tag {', '.join(missing)}; run notebook 07_predict_income")
     version = mlflow.MlflowClient().get_model_version(tags[MODEL_TAG], tags[VERSION_TAG])
     training = mlflow.get_run(str(version.run_id))
-    model_uri = f"models:/{version.name}/{version.version}"
     rows = [
-        *_data_sets(training),
+        *((f"{data.context} data", f"{data.name}, digest {data.digest}", data.uri) for data in data_sets(training)),
         ("run", training.info.run_name, f"runs:/{training.info.run_id}"),
-        ("model version", f"{version.name} version {version.version}, alias {tags[ALIAS_TAG]}", model_uri),
+        (
+            "model version",
+            f"{version.name} version {version.version}, alias {tags[ALIAS_TAG]}",
+            model_uri(version.name, version=version.version),
+        ),
         ("feature service", tags[SERVICE_TAG], f"feast project {tags['feast.project']}"),
         ("prediction", prediction.info.run_name, tags[PREDICTIONS_TAG]),
     ]
     return pd.DataFrame(rows, columns=["step", "name", "where"])
-
-
-def _data_sets(training: Run) -> list[tuple[str, str, str]]:
-    inputs = training.inputs.dataset_inputs if training.inputs else []
-    return [
-        (
-            f"{entry.tags[0].value} data",
-            f"{entry.dataset.name}, digest {entry.dataset.digest}",
-            str(mlflow.data.get_source(entry).to_dict()["uri"]),
-        )
-        for entry in inputs
-    ]

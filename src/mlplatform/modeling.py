@@ -1,6 +1,6 @@
-"""Models of the income data: one pipeline from raw categories to a probability, scored and logged the same way each.
+"""Models of the income data: a scikit-learn pipeline from raw categories to a probability, and its scores.
 
-The encoder is part of the model, so whoever loads the model sends categories and never has to repeat an encoding.
+The encoder is part of the pipeline, so whoever loads a model sends it categories and never encodes anything.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import OneHotEncoder
 
 from mlplatform.errors import DataError
+from mlplatform.history import RENAMED
 from mlplatform.income import COLUMNS, POSITIVE, TARGET
 
 SCORES = ("roc_auc_score_train", "roc_auc_score_test", "training_accuracy", "test_accuracy")
 
 
 def make_encoder() -> ColumnTransformer:
-    """Make the encoder: a column of 0 and 1 per category, `<column>_<category>`.
+    """Make a `OneHotEncoder` for the eight columns whose output keeps names: `<column>_<category>`, each 0 or 1.
 
-    A category that was not there when it was fitted sets none of its column's ones, and is no error.
+    A category that the encoder did not see when it was fitted gets 0 in every column, and is no error.
     """
     onehot = OneHotEncoder(handle_unknown="ignore", sparse_output=False, dtype=np.float32)
     encoder = ColumnTransformer([("categories", onehot, list(COLUMNS))], verbose_feature_names_out=False)
@@ -34,12 +35,12 @@ def make_encoder() -> ColumnTransformer:
 
 
 def make_pipeline(estimator: BaseEstimator) -> Pipeline:
-    """Put the encoder in front of an estimator, so that the two are fitted, stored and loaded as one."""
+    """Make a `Pipeline` of our encoder and an estimator, so that the two are fitted, stored and loaded as one."""
     return Pipeline([("encoder", make_encoder()), ("estimator", estimator)])
 
 
 def describe_encoder(model: Pipeline) -> dict[str, Any]:
-    """Describe a fitted pipeline's encoder in plain lists, to be kept as JSON.
+    """Give what a fitted encoder has learned as plain lists, which JSON can hold.
 
     Args:
         model: A pipeline of `make_pipeline`, fitted.
@@ -55,23 +56,29 @@ def describe_encoder(model: Pipeline) -> dict[str, Any]:
     }
 
 
-def features(frame: pd.DataFrame) -> pd.DataFrame:
-    """Pick the model's inputs out of a frame, in order, and refuse what a model would silently guess about.
+def inputs(frame: pd.DataFrame) -> pd.DataFrame:
+    """Select the model's input columns in order; unlike plain indexing, refuse rows that the model knows nothing about.
 
     Args:
-        frame: Any frame that holds the raw columns `COLUMNS`.
+        frame: The eight columns `COLUMNS` among any others, under the file's names or under the feature store's. The
+            two differ in one: `Marital-Status` is the feature `Marital_Status`.
+
+    Returns:
+        The columns `COLUMNS` under the file's names, shape `(n_rows, 8)`.
 
     Raises:
         DataError: A column is missing, or a value is null, as for a user whom the feature store does not know.
     """
-    missing = [column for column in COLUMNS if column not in frame.columns]
+    file_names = {feature: column for column, feature in RENAMED.items() if column not in frame.columns}
+    renamed = frame.rename(columns=file_names)
+    missing = [column for column in COLUMNS if column not in renamed.columns]
     if missing:
         raise DataError(f"the model's input lacks {', '.join(missing)}; give the columns {', '.join(COLUMNS)}")
-    chosen = frame[list(COLUMNS)]
-    nulls = chosen.isna().any(axis=1)
-    if nulls.any():
+    chosen = renamed[list(COLUMNS)]
+    nulls = int(chosen.isna().any(axis=1).sum())
+    if nulls:
         raise DataError(
-            f"{int(nulls.sum())} of {len(frame)} rows have null features; drop them: the model knows nothing about them"
+            f"{nulls} of {len(frame)} rows have null features; drop them: the model knows nothing about them"
         )
     return chosen
 
@@ -82,25 +89,25 @@ def labels(frame: pd.DataFrame) -> NDArray[np.int64]:
 
 
 def probabilities(model: Pipeline, frame: pd.DataFrame) -> NDArray[np.float64]:
-    """Give each row's probability of an income above 50,000 dollars.
+    """Give each row's probability of an income above 50,000 dollars; adds the check of `inputs` to `predict_proba`.
 
     Args:
         model: A fitted pipeline, in memory or loaded from the registry.
-        frame: Any frame that holds the raw columns `COLUMNS`; other columns are ignored.
+        frame: As for `inputs`.
 
     Returns:
         One probability per row, in the frame's order.
 
     Raises:
-        DataError: As in `features`.
+        DataError: As in `inputs`.
     """
-    return np.asarray(model.predict_proba(features(frame))[:, 1], dtype=np.float64)
+    return np.asarray(model.predict_proba(inputs(frame))[:, 1], dtype=np.float64)
 
 
 def scores(model: Pipeline, train: pd.DataFrame, test: pd.DataFrame) -> dict[str, float]:
-    """Score a fitted model on the rows it saw and on those it did not.
+    """Compute the four metrics of a fitted model in one call, on the rows it was fitted on and on the rows held back.
 
-    The area under the ROC curve is taken on probabilities: on hard 0/1 answers it is another, lower number.
+    The area under the ROC curve is computed on probabilities. On 0/1 answers it would be another, lower number.
 
     Args:
         model: A fitted pipeline.
@@ -121,10 +128,10 @@ def _auc_and_accuracy(model: Pipeline, frame: pd.DataFrame) -> tuple[float, floa
 
 
 def cross_validate(estimator: BaseEstimator, frame: pd.DataFrame, *, folds: int = 5, seed: int) -> NDArray[np.float64]:
-    """Score an estimator on each of several folds, the encoder fitted anew on the rest each time.
+    """Call `cross_val_score` with our encoder, which each fold fits anew, on folds that the seed alone decides.
 
     Args:
-        estimator: What comes behind the encoder.
+        estimator: What comes after the encoder.
         frame: All rows, with the target.
         folds: How many parts, each with the same share of positives.
         seed: Number that fixes which row goes to which fold.
@@ -133,5 +140,5 @@ def cross_validate(estimator: BaseEstimator, frame: pd.DataFrame, *, folds: int 
         The area under the ROC curve of each fold.
     """
     parts = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    scored = cross_val_score(make_pipeline(estimator), features(frame), labels(frame), cv=parts, scoring="roc_auc")
+    scored = cross_val_score(make_pipeline(estimator), inputs(frame), labels(frame), cv=parts, scoring="roc_auc")
     return np.asarray(scored, dtype=np.float64)

@@ -1,6 +1,7 @@
 """The model registry's rules: which run is best, when a model becomes the champion, how a champion is loaded.
 
-MLflow keeps an alias but not its past. Each decision is written as a tag on the version it concerns.
+MLflow knows which version an alias points to and not which ones it pointed to before. So each decision is written as
+a tag on the version that it concerns.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from datetime import UTC, datetime
 
 import mlflow
 import pandas as pd
-from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models.model import ModelInfo
@@ -22,7 +22,7 @@ from sklearn.pipeline import Pipeline
 from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError
 from mlplatform.income import COLUMNS
 from mlplatform.modeling import SCORES
-from mlplatform.tracking import EXPERIMENT
+from mlplatform.tracking import EXPERIMENT, data_sets, model_uri
 
 MODEL_NAME = "income-above-50k"
 DESCRIPTION = (
@@ -34,13 +34,13 @@ PREVIOUS = "previous"
 METRIC = "roc_auc_score_test"
 QUERY = "metrics.roc_auc_score_test > 0.8"
 MARGIN = 0.001
-HISTORY = "history"  # a version's tags of this beginning tell what happened to it, and when
+HISTORY = "history"  # a tag with this prefix holds one decision about its version, and its time
 TEST_DATA = "test_data"
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What came of a version's challenge.
+    """The decision about one challenger.
 
     Attributes:
         promoted: Whether the version took the alias.
@@ -56,7 +56,7 @@ class Promotion:
 
 
 def search(query: str = QUERY, *, metric: str = METRIC, experiment: str = EXPERIMENT) -> pd.DataFrame:
-    """Find the finished runs that match a query, best first; of equals, the oldest first.
+    """Call `mlflow.search_runs` for finished runs only, best first, and of equals the oldest; say so if there is none.
 
     Args:
         query: A filter in MLflow's language, as typed into the search bar of its UI.
@@ -69,7 +69,7 @@ def search(query: str = QUERY, *, metric: str = METRIC, experiment: str = EXPERI
     Raises:
         RegistryError: There is no such experiment, or no run that matches, or the query is no query.
     """
-    with _translated():
+    with _mlflow_errors():
         if mlflow.get_experiment_by_name(experiment) is None:
             raise RegistryError(f"there is no experiment {experiment!r}; run notebook 02_train_models, or 'make run'")
         runs = mlflow.search_runs(
@@ -85,17 +85,8 @@ def search(query: str = QUERY, *, metric: str = METRIC, experiment: str = EXPERI
     return runs[["run_id", "name", "start_time", *SCORES]]
 
 
-def best_run(query: str = QUERY, *, metric: str = METRIC, experiment: str = EXPERIMENT) -> pd.Series:
-    """Give the first row of `search`.
-
-    Raises:
-        RegistryError: As in `search`.
-    """
-    return search(query, metric=metric, experiment=experiment).iloc[0]
-
-
 def register(run_id: str, *, name: str = MODEL_NAME) -> int:
-    """Register the one model of a run, once: asked again, give the version that is there.
+    """Register the one model of a run; unlike `mlflow.register_model`, make no second version when called again.
 
     Args:
         run_id: MLflow's id of the run.
@@ -108,7 +99,7 @@ def register(run_id: str, *, name: str = MODEL_NAME) -> int:
         RegistryError: There is no such run, or it does not have exactly one model.
     """
     client = mlflow.MlflowClient()
-    with _translated():
+    with _mlflow_errors():
         run = client.get_run(run_id)
         models = run.outputs.model_outputs if run.outputs else []
         if len(models) != 1:
@@ -119,36 +110,32 @@ def register(run_id: str, *, name: str = MODEL_NAME) -> int:
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name, description=DESCRIPTION)
         model_id = models[0].model_id
-        tags = {TEST_DATA: _test_data(run), "run_name": run.info.run_name}
+        # The address holds a digest of the test rows, so equal addresses are equal rows.
+        tested_on = ",".join(data.uri for data in data_sets(run) if data.context == "testing")
+        tags = {TEST_DATA: tested_on, "run_name": run.info.run_name}
         made = client.create_model_version(
-            name, f"models:/{model_id}", run_id, tags=tags, await_creation_for=0, model_id=model_id
+            name, model_uri(model_id), run_id, tags=tags, await_creation_for=0, model_id=model_id
         )
     return int(made.version)
 
 
-def _test_data(run: Run) -> str:
-    """Give the address of the rows that a run was tested on; it holds their digest, so it says which rows they are."""
-    inputs = run.inputs.dataset_inputs if run.inputs else []
-    tested = [entry for entry in inputs if any(tag.value == "testing" for tag in entry.tags)]
-    return ",".join(str(mlflow.data.get_source(entry).to_dict()["uri"]) for entry in tested)
-
-
 def promote(version: int, *, name: str = MODEL_NAME, metric: str = METRIC, margin: float = MARGIN) -> Promotion:
-    """Make a version the champion if it beats the champion by a margin on the same test rows.
+    """Move the alias `champion` to a version, but only if it beats the champion by a margin on the same test rows.
 
-    The version that held the alias before keeps `previous`. What happened, and why, is written to both versions.
+    `set_registered_model_alias` alone would move it to any version. The champion before it gets the alias `previous`.
+    The decision and its reason are written to both versions.
 
     Args:
         version: The challenger's number.
         name: The registered model.
         metric: Name of the metric, of which more is better.
-        margin: By how much the challenger must be better; less than that is chance.
+        margin: How much better the challenger must be; a smaller lead can be chance.
 
     Raises:
         RegistryError: There is no such version, or it lacks the metric.
     """
     client = mlflow.MlflowClient()
-    with _translated():
+    with _mlflow_errors():
         challenger = client.get_model_version(name, str(version))
         champion = find(CHAMPION, name=name)
         outcome = _judge(challenger, champion, metric=metric, margin=margin)
@@ -164,7 +151,7 @@ def promote(version: int, *, name: str = MODEL_NAME, metric: str = METRIC, margi
 
 
 def _judge(challenger: ModelVersion, champion: ModelVersion | None, *, metric: str, margin: float) -> Promotion:
-    """Decide, from what the two versions say about themselves."""
+    """Decide by the test rows that the two versions name and by the metric of their runs."""
     version, score = int(challenger.version), _score(challenger, metric)
     if champion is None:
         return Promotion(True, version, None, f"promoted with {metric} {score:.4f}: there was no champion")
@@ -190,20 +177,20 @@ def _score(version: ModelVersion, metric: str) -> float:
 
 
 def _note(version: ModelVersion, text: str) -> None:
-    """Write an event to a version, unless it is the last one written there already."""
+    """Write a decision to a version, unless the last one written there says the same."""
     events = sorted((key, value) for key, value in version.tags.items() if key.startswith(HISTORY))
     if not events or events[-1][1] != text:
         key = f"{HISTORY} {datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
         mlflow.MlflowClient().set_model_version_tag(version.name, version.version, key, text)
 
 
-def history(*, name: str = MODEL_NAME) -> pd.DataFrame:
-    """List what was decided about every version, oldest first.
+def decisions(*, name: str = MODEL_NAME) -> pd.DataFrame:
+    """List the decisions about all versions, oldest first; MLflow itself keeps no history of an alias.
 
     Returns:
-        One row per event: `time` (UTC), `version`, `event`.
+        One row per decision: `time` (UTC), `version`, `event`.
     """
-    with _translated():
+    with _mlflow_errors():
         versions = mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
     rows = [
         (pd.Timestamp(key.removeprefix(HISTORY).strip()), int(entry.version), value)
@@ -215,16 +202,16 @@ def history(*, name: str = MODEL_NAME) -> pd.DataFrame:
 
 
 def find(alias: str, *, name: str = MODEL_NAME) -> ModelVersion | None:
-    """Find the version that holds an alias; none if there is no such alias or no such model."""
+    """Find the version that holds an alias; unlike `get_model_version_by_alias`, give `None` if there is none."""
     client = mlflow.MlflowClient()
-    with _translated():
+    with _mlflow_errors():
         models = client.search_registered_models(f"name = '{name}'")
         version = models[0].aliases.get(alias) if models else None
         return None if version is None else client.get_model_version(name, version)
 
 
 def load_model(alias: str = CHAMPION, *, name: str = MODEL_NAME, columns: Sequence[str] = COLUMNS) -> Pipeline:
-    """Load the version that holds an alias, once its signature is the one expected.
+    """Load the version that holds an alias; unlike `mlflow.sklearn.load_model`, compare its signature first.
 
     Args:
         alias: The alias.
@@ -240,8 +227,8 @@ def load_model(alias: str = CHAMPION, *, name: str = MODEL_NAME, columns: Sequen
     version = find(alias, name=name)
     if version is None:
         raise RegistryError(f"no alias {alias!r} on {name!r}; run notebook 04_register_model, or 'make run'")
-    uri = f"models:/{name}/{version.version}"
-    with _translated():
+    uri = model_uri(name, version=version.version)
+    with _mlflow_errors():
         info = mlflow.models.get_model_info(uri)
         _check_signature(info, columns, label=f"{name!r} version {version.version}")
         return mlflow.sklearn.load_model(uri)
@@ -260,8 +247,8 @@ def _check_signature(model: ModelInfo, columns: Sequence[str], *, label: str) ->
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
-    """Turn MLflow's errors into ours; those without a meaning here pass unchanged."""
+def _mlflow_errors() -> Iterator[None]:
+    """Turn MLflow's errors into ours; those that mean nothing here pass unchanged."""
     try:
         yield
     except MlflowException as error:

@@ -1,4 +1,4 @@
-"""What a notebook found: recorded in its last cell, read from its executed copy."""
+"""What a notebook found: its last cell records it, and tests read it from the executed copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RESULTS_MIME = "application/vnd.mlplatform.results+json"
 
 
 def record(**results: object) -> None:
-    """Show results where `read_results` finds them, in the output of the cell that calls this.
+    """Show results in the cell's output, as text for people and as JSON for `read_results`.
 
     Args:
         results: Values by name; each must be expressible as JSON.

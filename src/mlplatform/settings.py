@@ -1,7 +1,7 @@
 """Where the platform is and how to log in to it.
 
-The same standard variables name a platform on a laptop and one on a cluster, so a notebook calls `connect` and
-does not know the difference.
+A platform on a laptop and one on a cluster are named by the same standard variables. A notebook that calls `connect`
+runs unchanged on both.
 """
 
 from __future__ import annotations
@@ -12,13 +12,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from mlplatform.errors import SettingsError
-
-if TYPE_CHECKING:
-    pass
 
 DATASETS_BUCKET = "mlflow-datasets"
 ARTIFACTS_BUCKET = "mlflow-artifacts"
@@ -31,10 +27,11 @@ STATE_VARIABLE = "MLPLATFORM_STATE"
 STATE_FOLDER = ".platform"
 SETTINGS_FILE = "settings.json"
 
-# Nothing calls home or asks for a cloud machine's identity, which costs seconds on a closed network; and no
-# progress bar or remark of MLflow's stands between a cell and its result. Artifacts pass through MLflow's server: by
-# itself a client of 3.17 follows links to the object store, whose address in a cluster is known to pods only.
-QUIET = {
+# What every client of the platform is set to. No library sends usage data or asks a cloud for this machine's identity,
+# which costs seconds on a closed network. MLflow prints no progress bar and no remark below a cell. Artifacts pass
+# through MLflow's server: by default a client of 3.17 follows links to the object store, and in a cluster only pods
+# can reach the address in such a link.
+CLIENT_DEFAULTS = {
     "AWS_EC2_METADATA_DISABLED": "true",
     "DO_NOT_TRACK": "1",
     "FEAST_USAGE": "False",
@@ -95,17 +92,17 @@ class Settings:
             if not environ[name].startswith(("http://", "https://")):
                 raise SettingsError(f"{name}={environ[name]} is no address; set it to http://host:port")
         if not _REDIS_FORM.fullmatch(environ["REDIS_CONNECTION_STRING"]):
-            # Not shown: whatever it is, it may hold a password.
+            # The value is not shown, because it may hold a password.
             raise SettingsError("REDIS_CONNECTION_STRING is not in Feast's form; set it to host:port,password=...")
         return cls(**{key: environ[name] for key, name in VARIABLES.items()})
 
     def to_env(self) -> dict[str, str]:
-        """Give the standard variables, ready for a child process's environment."""
-        return {name: getattr(self, key) for key, name in VARIABLES.items()} | QUIET
+        """Give the standard variables and `CLIENT_DEFAULTS`, for the environment of a process."""
+        return {name: getattr(self, key) for key, name in VARIABLES.items()} | CLIENT_DEFAULTS
 
     @property
     def redis_url(self) -> str:
-        """The online store as a URL, the form that redis-py and redis-cli read."""
+        """The online store as a URL, which redis-py and redis-cli read; Feast's form is its own."""
         address, *options = self.redis.split(",")
         values = dict(option.split("=", 1) for option in options)
         scheme = "rediss" if values.get("ssl", "").lower() == "true" else "redis"

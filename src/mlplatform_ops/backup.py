@@ -17,7 +17,7 @@ from typing import Any
 import boto3.exceptions
 
 from mlplatform.errors import DataError, MissingObjectError, ServiceDownError
-from mlplatform.objectstore import translated
+from mlplatform.objectstore import s3_errors
 from mlplatform.settings import BUCKETS
 
 
@@ -52,7 +52,7 @@ def save(store: Any, folder: Path, *, databases: Iterable[Path] = ()) -> int:
         for key in _keys(store, bucket):
             path = _below(part / "buckets" / bucket, key)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with translated(f"s3://{bucket}/{key}"):
+            with s3_errors(f"s3://{bucket}/{key}"):
                 store.download_file(bucket, key, str(path))
             count += 1
     part.replace(folder)
@@ -100,7 +100,7 @@ def copy_sqlite(source: Path, target: Path) -> None:
 
 
 def _keys(store: Any, bucket: str) -> Iterator[str]:
-    with translated(f"s3://{bucket}"):
+    with s3_errors(f"s3://{bucket}"):
         for page in store.get_paginator("list_objects_v2").paginate(Bucket=bucket):
             yield from (entry["Key"] for entry in page.get("Contents", ()) if not entry["Key"].endswith("/"))
 

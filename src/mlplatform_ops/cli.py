@@ -292,12 +292,12 @@ def backup_restore(folder: Path, /) -> None:
 
 
 def _object_store() -> Any:
-    from mlplatform.objectstore import client
+    from mlplatform.connection import s3_client
 
     # Its address is shown and nothing else is asked: MLflow's server is best stopped during a restore.
     settings = find_settings(os.environ)
     say(f"the object store at {settings.s3_endpoint}")
-    return client(settings)
+    return s3_client(settings)
 
 
 @contextmanager

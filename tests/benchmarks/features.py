@@ -29,6 +29,7 @@ import requests
 from feast import FeatureStore
 
 from mlplatform import feature_client, features, history, objectstore
+from mlplatform.connection import s3_client
 from mlplatform.feast_plugins.duckdb_s3 import connection
 from mlplatform.income import read_income
 from mlplatform.settings import Settings, find_root
@@ -96,7 +97,8 @@ def scratch(versions: pd.DataFrame) -> Iterator[tuple[FeatureStore, FeatureStore
     name = f"benchmark_{os.getpid()}"
     folder = f"s3://feature-data-sets/{name}"
     for view, frame in history.split_views(versions).items():
-        objectstore.put_frame(frame, f"{folder}/{view}.parquet")
+        uri = f"{folder}/{view}.parquet"
+        objectstore.write_bytes(objectstore.encode(frame, uri), uri)
     with tempfile.TemporaryDirectory() as temporary:
         # Feast's file store would need one more package for the object store; it gets the files on disk.
         for view, frame in history.split_views(versions).items():
@@ -108,7 +110,7 @@ def scratch(versions: pd.DataFrame) -> Iterator[tuple[FeatureStore, FeatureStore
         finally:
             for store in stores:
                 store.teardown()
-            client = objectstore.client()
+            client = s3_client()
             for uri in objectstore.list_objects(folder)["uri"]:
                 bucket, key = objectstore.split_uri(uri)
                 client.delete_object(Bucket=bucket, Key=key)

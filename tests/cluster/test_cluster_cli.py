@@ -10,7 +10,7 @@ import pytest
 from fake_cluster import FakeCluster, serve, use
 from manifests import compose
 
-from mlplatform.settings import QUIET, VARIABLES
+from mlplatform.settings import CLIENT_DEFAULTS, VARIABLES
 from mlplatform_ops.cli import main
 from mlplatform_ops.cluster.overlay import read_env
 
@@ -58,7 +58,7 @@ def test_secrets_are_made_once_and_rotated_on_request(fake: FakeCluster, capsys:
 def test_features_go_to_the_cluster_that_is_asked_for(
     fake: FakeCluster, no_platform: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (*VARIABLES.values(), *QUIET):
+    for name in (*VARIABLES.values(), *CLIENT_DEFAULTS):
         monkeypatch.setenv(name, "")
     seen: list[str] = []
     monkeypatch.setattr("mlplatform.features.build", lambda notify: seen.append(os.environ["MLFLOW_TRACKING_PASSWORD"]))

@@ -145,8 +145,8 @@ def test_the_champion_loads_by_alias_and_scores_what_its_run_says(registered: di
     assert modeling.scores(model, train, test) == pytest.approx(registered["scores"])
 
 
-def test_the_history_tells_both_decisions(registered: dict[str, object]) -> None:
-    events = registry.history().set_index("version")["event"]
+def test_both_decisions_are_listed(registered: dict[str, object]) -> None:
+    events = registry.decisions().set_index("version")["event"]
     assert events.loc[registered["champion"]].startswith("promoted")
     assert "margin" in registered["runner_up"]["reason"]
     assert registered["runner_up"]["reason"] in set(events)
@@ -154,12 +154,12 @@ def test_the_history_tells_both_decisions(registered: dict[str, object]) -> None
 
 def test_registering_and_promoting_again_changes_nothing(registered: dict[str, object]) -> None:
     client, query = mlflow.MlflowClient(), "name = 'income-above-50k'"
-    before, events = [entry.version for entry in client.search_model_versions(query)], registry.history()
-    version = registry.register(registry.best_run()["run_id"])
+    before, events = [entry.version for entry in client.search_model_versions(query)], registry.decisions()
+    version = registry.register(registry.search().iloc[0]["run_id"])
     assert version == registered["champion"]
     assert not registry.promote(version).promoted
     assert [entry.version for entry in client.search_model_versions(query)] == before
-    pd.testing.assert_frame_equal(registry.history(), events)
+    pd.testing.assert_frame_equal(registry.decisions(), events)
 
 
 def test_models_come_through_mlflow_and_not_by_links_to_the_object_store(

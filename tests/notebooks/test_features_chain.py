@@ -52,10 +52,9 @@ def test_the_feature_files_hold_the_history(built: dict[str, Any]):
 def test_all_30162_pairs_of_user_and_moment_give_back_the_file(store):
     frame = income.read_income(ROOT / "data" / "income_data.csv")
     pairs = history.build_history(frame)[["user_id", "event_timestamp"]]
-    answer = history.to_columns(features.point_in_time(store, pairs))
+    answer = features.point_in_time(store, pairs)
     assert len(answer) == 30_162
-    columns = list(income.COLUMNS)
-    pd.testing.assert_frame_equal(answer[columns], frame[columns], check_exact=True)
+    pd.testing.assert_frame_equal(modeling.inputs(answer), frame[list(income.COLUMNS)], check_exact=True)
 
 
 def test_the_steady_user_was_male_on_30_january(store):
@@ -72,7 +71,7 @@ def test_the_changing_user_is_answered_with_the_version_of_20_may(retrieved: dic
     assert retrieved["version_in_may"].startswith("2023-05-20T")
 
 
-def test_what_notebook_5_compared_was_everybody_and_equal(retrieved: dict[str, Any]):
+def test_what_notebook_6_compared_was_everybody_and_equal(retrieved: dict[str, Any]):
     assert retrieved["pairs"] == 30_162
     assert retrieved["compared_users"] == 28_066
     assert retrieved["differences"] == 0
@@ -90,7 +89,7 @@ def test_the_stored_predictions_are_the_champions(predicted: dict[str, Any], sto
     stored = objectstore.read_frame(predicted["predictions"])
     some = stored.sample(500, random_state=1)
     answer = features.point_in_time(store, some[["user_id", "event_timestamp"]])
-    expected = modeling.probabilities(registry.load_model(), history.to_columns(answer))
+    expected = modeling.probabilities(registry.load_model(), answer)
     assert some["probability"].tolist() == expected.tolist()
 
 

@@ -8,8 +8,8 @@ import boto3
 import mlflow
 import pytest
 
+from mlplatform.connection import s3_client
 from mlplatform.errors import DataError, MissingObjectError
-from mlplatform.objectstore import client
 from mlplatform.settings import DATASETS_BUCKET, Settings
 from mlplatform_ops import backup
 from mlplatform_ops.cli import main
@@ -30,7 +30,7 @@ def _store(settings: Settings) -> object:
 def test_a_new_platform_finds_every_object_and_run_of_the_saved_one(
     embedded: Embedded, platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client().put_object(Bucket=DATASETS_BUCKET, Key="backup/one.csv", Body=b"a,b\n")
+    s3_client().put_object(Bucket=DATASETS_BUCKET, Key="backup/one.csv", Body=b"a,b\n")
     mlflow.set_tracking_uri(platform.tracking_uri)
     mlflow.set_experiment("backup")
     with mlflow.start_run() as run:
@@ -52,7 +52,7 @@ def test_a_new_platform_finds_every_object_and_run_of_the_saved_one(
         found = mlflow.get_run(run.info.run_id)
         assert found.data.metrics == {"answer": 42}
         assert mlflow.artifacts.load_text(f"{found.info.artifact_uri}/note.txt") == "kept"
-        assert client().get_object(Bucket=DATASETS_BUCKET, Key="backup/one.csv")["Body"].read() == b"a,b\n"
+        assert s3_client().get_object(Bucket=DATASETS_BUCKET, Key="backup/one.csv")["Body"].read() == b"a,b\n"
     finally:
         other.clean()
         mlflow.set_tracking_uri(platform.tracking_uri)
@@ -62,7 +62,7 @@ def test_only_the_object_store_need_be_there(
     platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-    client().put_object(Bucket=DATASETS_BUCKET, Key="backup/two.csv", Body=b"a,b\n")
+    s3_client().put_object(Bucket=DATASETS_BUCKET, Key="backup/two.csv", Body=b"a,b\n")
     copy = tmp_path / "copy"
     assert main(["backup", "save", str(copy)]) == 0
     assert main(["backup", "restore", str(copy)]) == 0
@@ -74,25 +74,25 @@ def test_only_the_object_store_need_be_there(
 def test_a_copy_that_ended_early_is_none_and_the_next_one_starts_anew(
     platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client().put_object(Bucket=DATASETS_BUCKET, Key="backup/three.csv", Body=b"a,b\n")
+    s3_client().put_object(Bucket=DATASETS_BUCKET, Key="backup/three.csv", Body=b"a,b\n")
     copy = tmp_path / "copy"
     monkeypatch.setattr(backup, "BUCKETS", (DATASETS_BUCKET, "unheard-of"))
     with pytest.raises(MissingObjectError, match="no bucket unheard-of"):
-        backup.save(client(), copy)
+        backup.save(s3_client(), copy)
     assert (tmp_path / "copy.part" / "buckets" / DATASETS_BUCKET / "backup" / "three.csv").exists()
     with pytest.raises(MissingObjectError, match="no copy in"):
-        backup.restore(client(), copy)
+        backup.restore(s3_client(), copy)
     monkeypatch.setattr(backup, "BUCKETS", (DATASETS_BUCKET,))
-    client().delete_object(Bucket=DATASETS_BUCKET, Key="backup/three.csv")
-    backup.save(client(), copy)
+    s3_client().delete_object(Bucket=DATASETS_BUCKET, Key="backup/three.csv")
+    backup.save(s3_client(), copy)
     assert not (copy / "buckets" / DATASETS_BUCKET / "backup" / "three.csv").exists()
     assert not (tmp_path / "copy.part").exists()
 
 
 def test_a_copy_is_not_mixed_with_an_older_one(platform: Settings, tmp_path: Path) -> None:
-    backup.save(client(), tmp_path / "copy")
+    backup.save(s3_client(), tmp_path / "copy")
     with pytest.raises(DataError, match=r"copy is there already; name a new folder"):
-        backup.save(client(), tmp_path / "copy")
+        backup.save(s3_client(), tmp_path / "copy")
 
 
 def test_restoring_from_nothing_says_so(platform: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +102,7 @@ def test_restoring_from_nothing_says_so(platform: Settings, tmp_path: Path, caps
 
 def test_saving_a_database_that_is_not_there_says_so(platform: Settings, tmp_path: Path) -> None:
     with pytest.raises(MissingObjectError, match="no database at"):
-        backup.save(client(), tmp_path / "copy", databases=[tmp_path / "nothing.db"])
+        backup.save(s3_client(), tmp_path / "copy", databases=[tmp_path / "nothing.db"])
 
 
 def test_restoring_into_a_bucket_that_is_not_there_copies_nothing(platform: Settings, tmp_path: Path) -> None:
@@ -110,6 +110,6 @@ def test_restoring_into_a_bucket_that_is_not_there_copies_nothing(platform: Sett
         (tmp_path / "buckets" / bucket).mkdir(parents=True)
         (tmp_path / "buckets" / bucket / "not-to-be-copied.txt").write_text("x")
     with pytest.raises(MissingObjectError, match=r"there is no bucket unheard-of; run 'make up'"):
-        backup.restore(client(), tmp_path)
-    names = {entry["Key"] for entry in client().list_objects_v2(Bucket=DATASETS_BUCKET).get("Contents", ())}
+        backup.restore(s3_client(), tmp_path)
+    names = {entry["Key"] for entry in s3_client().list_objects_v2(Bucket=DATASETS_BUCKET).get("Contents", ())}
     assert "not-to-be-copied.txt" not in names

@@ -57,7 +57,8 @@ class Scratch:
             self.put(view, frame.assign(**dict.fromkeys(names, values)))
 
     def put(self, view: str, frame: pd.DataFrame) -> str:
-        return objectstore.put_frame(frame, f"s3://feature-data-sets/{self.name}/{view}.parquet")
+        uri = f"s3://feature-data-sets/{self.name}/{view}.parquet"
+        return objectstore.write_bytes(objectstore.encode(frame, uri), uri)
 
     def stored(self, settings: Settings) -> dict[bytes, dict[bytes, bytes]]:
         """Read what Redis holds for this project, by key without the project."""

@@ -124,7 +124,7 @@ def test_requirements_are_stated_and_never_found_out_by_loading_the_model(
 
     monkeypatch.setattr(mlflow.models, "infer_pip_requirements", fail)
     with mlflow.start_run():
-        uri = tracking.log_model(runs["good"].model, parts[0])
+        uri = tracking.log_model(runs["good"].model, parts[0]).model_uri
     model = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path)))
     stated = (model / "requirements.txt").read_text().split()
     assert set(tracking.requirements(runs["good"].model)) <= set(stated)
@@ -158,7 +158,7 @@ def runs_frame() -> pd.DataFrame:
 def test_runs_are_found_best_first(experiment: str, runs: dict[str, tracking.LoggedRun]) -> None:
     found = registry.search("metrics.roc_auc_score_test > 0.5", experiment=experiment)
     assert found["name"].tolist() == ["good", "poor"]
-    assert registry.best_run("metrics.roc_auc_score_test > 0.5", experiment=experiment)["run_id"] == runs["good"].run_id
+    assert found["run_id"].tolist() == [runs["good"].run_id, runs["poor"].run_id]
 
 
 @pytest.mark.parametrize("query", ["metrics.roc_auc_score_test > 0.99", "metrics.no_such_metric > 0"])
@@ -198,7 +198,7 @@ def test_a_run_without_a_model_leaves_no_empty_registered_model(experiment: str,
     assert not mlflow.MlflowClient().search_registered_models(f"name = '{name}'")
 
 
-def test_promotion_moves_the_aliases_and_writes_the_history(runs: dict[str, tracking.LoggedRun], name: str) -> None:
+def test_promotion_moves_the_aliases_and_writes_the_decisions(runs: dict[str, tracking.LoggedRun], name: str) -> None:
     poor, good = (registry.register(runs[kind].run_id, name=name) for kind in ("poor", "good"))
     assert registry.promote(poor, name=name).promoted
     outcome = registry.promote(good, name=name)
@@ -206,7 +206,7 @@ def test_promotion_moves_the_aliases_and_writes_the_history(runs: dict[str, trac
     assert int(registry.find(registry.CHAMPION, name=name).version) == good
     assert int(registry.find(registry.PREVIOUS, name=name).version) == poor
     assert not registry.promote(poor, name=name).promoted
-    events = registry.history(name=name)
+    events = registry.decisions(name=name)
     assert events["version"].tolist() == [poor, poor, good, poor]
     assert events["event"].iloc[1] == f"replaced by version {good}"
     assert events["event"].iloc[3].startswith("not promoted")
@@ -218,7 +218,7 @@ def test_asking_again_changes_nothing(runs: dict[str, tracking.LoggedRun], name:
     for _ in range(2):
         registry.promote(good, name=name)
         registry.promote(poor, name=name)
-        events = registry.history(name=name)
+        events = registry.decisions(name=name)
         assert len(events) == 2
     assert int(registry.find(registry.CHAMPION, name=name).version) == good
     assert registry.find(registry.PREVIOUS, name=name) is None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mlplatform import history
+from mlplatform import history, modeling
 from mlplatform.errors import DataError
 from mlplatform.income import COLUMNS, read_income
 
@@ -35,7 +35,7 @@ def in_order(versions: pd.DataFrame) -> pd.DataFrame:
 
 def test_every_row_of_the_file_is_one_version_in_the_files_order(income, versions):
     assert versions.index.equals(income.index)
-    pd.testing.assert_frame_equal(history.to_columns(versions)[list(COLUMNS)], income[list(COLUMNS)], check_exact=True)
+    pd.testing.assert_frame_equal(modeling.inputs(versions), income[list(COLUMNS)], check_exact=True)
 
 
 def test_there_are_28066_users_and_2096_later_versions(versions):

@@ -28,7 +28,7 @@ def parts() -> tuple[pd.DataFrame, pd.DataFrame]:
 def tree(parts: tuple[pd.DataFrame, pd.DataFrame]) -> Pipeline:
     train, _ = parts
     model = modeling.make_pipeline(DecisionTreeClassifier(random_state=42))
-    return model.fit(modeling.features(train), modeling.labels(train))
+    return model.fit(modeling.inputs(train), modeling.labels(train))
 
 
 def test_the_encoder_is_fitted_on_the_training_rows_only(parts: tuple[pd.DataFrame, pd.DataFrame]) -> None:
@@ -78,8 +78,18 @@ def test_null_features_are_refused_and_not_guessed_about(
 
 
 def test_a_missing_column_is_named(tree: Pipeline, parts: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    with pytest.raises(DataError, match="lacks Marital-Status"):
-        modeling.probabilities(tree, parts[1].rename(columns={"Marital-Status": "Marital_Status"}))
+    with pytest.raises(DataError, match="lacks Marital-Status, Sex"):
+        modeling.probabilities(tree, parts[1].drop(columns=["Marital-Status", "Sex"]))
+
+
+def test_the_feature_stores_name_of_the_hyphenated_column_is_accepted(
+    tree: Pipeline, parts: tuple[pd.DataFrame, pd.DataFrame]
+) -> None:
+    named_as_features = parts[1].rename(columns={"Marital-Status": "Marital_Status"})
+    assert modeling.inputs(named_as_features).columns.tolist() == list(income.COLUMNS)
+    pd.testing.assert_frame_equal(modeling.inputs(named_as_features), modeling.inputs(parts[1]))
+    both = parts[1].assign(Marital_Status="ignored: the model's own name counts")
+    pd.testing.assert_frame_equal(modeling.inputs(both), modeling.inputs(parts[1]))
 
 
 def test_scores_are_taken_on_probabilities(tree: Pipeline, parts: tuple[pd.DataFrame, pd.DataFrame]) -> None:

@@ -17,8 +17,9 @@ from feast.repo_config import RegistryConfig
 from feast.utils import _utc_now
 
 from mlplatform import objectstore
+from mlplatform.connection import s3_client
 from mlplatform.errors import RegistryError
-from mlplatform.objectstore import translated
+from mlplatform.objectstore import s3_errors
 
 
 class ConditionalS3RegistryStore(RegistryStore):
@@ -35,7 +36,7 @@ class ConditionalS3RegistryStore(RegistryStore):
     def __init__(self, registry_config: RegistryConfig, repo_path: Path | None) -> None:
         self._uri = str(registry_config.path)
         self._bucket, self._key = objectstore.split_uri(self._uri)
-        self._client = objectstore.client()
+        self._client = s3_client()
         self._etag: str | None = None
 
     def get_registry_proto(self) -> RegistryProto:
@@ -45,7 +46,7 @@ class ConditionalS3RegistryStore(RegistryStore):
             MissingObjectError: There is none yet. It is a `FileNotFoundError`, upon which Feast makes an empty one.
         """
         self._etag = None
-        with translated(self._uri):
+        with s3_errors(self._uri):
             answer = self._client.get_object(Bucket=self._bucket, Key=self._key)
             body = answer["Body"].read()
         self._etag = answer["ETag"]
@@ -61,7 +62,7 @@ class ConditionalS3RegistryStore(RegistryStore):
         registry_proto.version_id = str(uuid.uuid4())
         registry_proto.last_updated.FromDatetime(_utc_now())
         condition: dict[str, Any] = {"IfMatch": self._etag} if self._etag else {"IfNoneMatch": "*"}
-        with translated(self._uri):
+        with s3_errors(self._uri):
             try:
                 answer = self._client.put_object(
                     Bucket=self._bucket, Key=self._key, Body=registry_proto.SerializeToString(), **condition
@@ -76,6 +77,6 @@ class ConditionalS3RegistryStore(RegistryStore):
 
     def teardown(self) -> None:
         """Delete the registry."""
-        with translated(self._uri):
+        with s3_errors(self._uri):
             self._client.delete_object(Bucket=self._bucket, Key=self._key)
         self._etag = None

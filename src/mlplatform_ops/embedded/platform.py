@@ -29,7 +29,7 @@ import psutil
 
 from mlplatform.errors import CredentialsError, PlatformError, ServiceDownError, SettingsError
 from mlplatform.settings import (
-    QUIET,
+    CLIENT_DEFAULTS,
     SETTINGS_FILE,
     STATE_VARIABLE,
     Settings,
@@ -222,7 +222,7 @@ class Embedded:
             cwd=self.state,
             env={
                 **{name: value for name, value in self._environ.items() if name in _INHERITED},
-                **QUIET,
+                **CLIENT_DEFAULTS,
                 **environment,
                 "PATH": os.pathsep.join([*binaries, self._environ.get("PATH", os.defpath)]),
                 "MLFLOW_AUTH_CONFIG_PATH": "basic_auth.ini",
