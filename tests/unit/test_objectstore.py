@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pandas as pd
 import pytest
@@ -27,7 +27,7 @@ COLUMNS = {
     "string": st.none() | texts,
     "datetime64[us, UTC]": moments,
     "datetime64[ns]": moments.map(lambda moment: moment.replace(tzinfo=None)),
-    "timedelta64[us]": st.timedeltas(),
+    "timedelta64[us]": st.timedeltas(timedelta(-100_000), timedelta(100_000)),
 }
 
 
