@@ -16,6 +16,7 @@ from sklearn.base import BaseEstimator
 from sklearn.pipeline import Pipeline
 
 from mlplatform import objectstore
+from mlplatform.errors import RegistryError
 from mlplatform.income import TARGET
 from mlplatform.modeling import describe_encoder, inputs, labels, make_pipeline, probabilities, scores
 from mlplatform.settings import DATASETS_BUCKET
@@ -90,33 +91,52 @@ def fit_and_log(
     datasets: Sequence[PandasDataset],
     *,
     params: Mapping[str, object] | None = None,
-    autologged: bool = False,
 ) -> LoggedRun:
-    """Fit an estimator after the encoder, and log in one MLflow run what each of our runs must hold.
+    """Do in one call what notebook 2 does by hand: start a run, log the parameters, fit, and call `log_fitted`.
 
-    The run holds the parameters, the four metrics, the three data sets by context, the encoder's column list, the
-    answers for the test rows and one model that takes raw categories. MLflow marks the run as failed if this raises.
+    MLflow marks the run as failed if this raises.
 
     Args:
         name: The run's name.
         estimator: What comes after the encoder.
         datasets: What `write_datasets` returned.
         params: Parameters to record beside the estimator's own.
-        autologged: Whether MLflow's autologging records the estimator's own parameters.
+    """
+    train = datasets[0].df
+    with mlflow.start_run(run_name=name):
+        mlflow.log_params(estimator.get_params())
+        model = make_pipeline(estimator).fit(inputs(train), labels(train))
+        return log_fitted(model, datasets, params=params)
+
+
+def log_fitted(
+    model: Pipeline, datasets: Sequence[PandasDataset], *, params: Mapping[str, object] | None = None
+) -> LoggedRun:
+    """Log in the active run what every run of ours must hold, so that any two of them can be compared.
+
+    These are the kind of estimator, the three data sets by context, the model, the four metrics, the encoder's columns
+    and the answers for the test rows.
+
+    Args:
+        model: A pipeline of `modeling.make_pipeline`, fitted on the first data set.
+        datasets: What `write_datasets` returned.
+        params: Parameters to record.
+
+    Raises:
+        RegistryError: There is no active run.
     """
     train, test, _ = (dataset.df for dataset in datasets)
-    model = make_pipeline(estimator)
-    with mlflow.start_run(run_name=name) as run:
-        own = {} if autologged else estimator.get_params()
-        mlflow.log_params({"estimator": type(estimator).__name__, **own, **(params or {})})
-        model.fit(inputs(train), labels(train))
-        mlflow.log_inputs(datasets=list(datasets), contexts=list(CONTEXTS), tags_list=[None] * len(datasets))
-        logged = log_model(model, train)
-        mlflow.log_dict(describe_encoder(model), ENCODER_FILE)
-        mlflow.log_dict({"probability": probabilities(model, test).tolist()}, ANSWERS_FILE)
-        measured = scores(model, train, test)
-        mlflow.log_metrics(measured, model_id=logged.model_id)
-    return LoggedRun(run.info.run_id, name, logged.model_uri, model, measured)
+    run = mlflow.active_run()
+    if run is None:
+        raise RegistryError("no run is active; call log_fitted inside `with mlflow.start_run():`")
+    mlflow.log_params({"estimator": type(model.named_steps["estimator"]).__name__, **(params or {})})
+    mlflow.log_inputs(datasets=list(datasets), contexts=list(CONTEXTS), tags_list=[None] * len(datasets))
+    logged = log_model(model, train)
+    mlflow.log_dict(describe_encoder(model), ENCODER_FILE)
+    mlflow.log_dict({"probability": probabilities(model, test).tolist()}, ANSWERS_FILE)
+    measured = scores(model, train, test)
+    mlflow.log_metrics(measured, model_id=logged.model_id)
+    return LoggedRun(run.info.run_id, run.info.run_name, logged.model_uri, model, measured)
 
 
 def log_model(model: Pipeline, sample: pd.DataFrame) -> ModelInfo:
