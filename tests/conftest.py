@@ -10,7 +10,7 @@ import pytest
 
 from mlplatform.settings import STATE_VARIABLE, VARIABLES, Settings
 from mlplatform_ops import runner as notebooks
-from mlplatform_ops.embedded.platform import Embedded
+from mlplatform_ops.embedded.platform import EmbeddedPlatform
 
 ROOT = Path(__file__).parent.parent
 SHARED = {"embedded", "executed", "platform"}
@@ -34,9 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPlatform]:
     """A running platform on free ports, beside whatever else runs on this machine."""
-    platform = Embedded(tmp_path_factory.mktemp("platform") / "state", environ={}, default_ports=False)
+    platform = EmbeddedPlatform(tmp_path_factory.mktemp("platform") / "state", environ={}, default_ports=False)
     try:
         platform.up()
         yield platform
@@ -45,7 +45,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
 
 
 @pytest.fixture(scope="session")
-def platform(embedded: Embedded) -> Iterator[Settings]:
+def platform(embedded: EmbeddedPlatform) -> Iterator[Settings]:
     """The platform's settings, which are this process's environment too."""
     settings = embedded.settings
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +56,9 @@ def platform(embedded: Embedded) -> Iterator[Settings]:
 
 
 @pytest.fixture(scope="session")
-def executed(embedded: Embedded, platform: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def executed(
+    embedded: EmbeddedPlatform, platform: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Every notebook, run once in the order they need each other: executed copies by name.
 
     Copies of a chain that failed are kept in `build/failed-notebooks`.

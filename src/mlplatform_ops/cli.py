@@ -25,7 +25,7 @@ from mlplatform_ops.cluster.commands import CURRENT, Target
 from mlplatform_ops.console import say, wide_console
 
 if TYPE_CHECKING:
-    from mlplatform_ops.embedded.platform import Embedded
+    from mlplatform_ops.embedded.platform import EmbeddedPlatform
     from mlplatform_ops.runner import Execution
 
 PROGRAM = "python -m mlplatform_ops"
@@ -314,10 +314,10 @@ def _platform(platform: PlatformName, target: Target, services: Collection[str])
         yield settings
 
 
-def _embedded() -> Embedded:
-    from mlplatform_ops.embedded.platform import Embedded
+def _embedded() -> EmbeddedPlatform:
+    from mlplatform_ops.embedded.platform import EmbeddedPlatform
 
-    return Embedded(state_folder())
+    return EmbeddedPlatform(state_folder())
 
 
 def _parameters(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, object]]:

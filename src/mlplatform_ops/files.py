@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+from mlplatform.errors import SettingsError
 
 
 def write_private(path: Path, text: str) -> None:
@@ -21,3 +19,18 @@ def write_private(path: Path, text: str) -> None:
     except OSError:
         Path(name).unlink()
         raise
+
+
+def private_folder() -> Path:
+    """Give the folder in this user's home that nobody else may enter; make it if it is missing.
+
+    Raises:
+        SettingsError: It cannot be made, or somebody else owns it.
+    """
+    path = Path.home() / ".cache" / "mlplatform"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)
+    except (OSError, RuntimeError) as error:
+        raise SettingsError(f"cannot make {path} for you alone ({error}); set HOME to a folder of yours") from error
+    return path

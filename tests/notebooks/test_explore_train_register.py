@@ -11,7 +11,7 @@ import pytest
 from mlflow.entities import Run
 
 from mlplatform import income, modeling, objectstore, registry, results, tracking
-from mlplatform_ops.embedded.platform import Embedded
+from mlplatform_ops.embedded.platform import EmbeddedPlatform
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 # Area under the ROC curve on the training and on the test rows of seed 42. The split is exact, the models nearly so.
@@ -163,7 +163,7 @@ def test_registering_and_promoting_again_changes_nothing(registered: dict[str, o
 
 
 def test_models_come_through_mlflow_and_not_by_links_to_the_object_store(
-    executed: dict[str, Path], embedded: Embedded
+    executed: dict[str, Path], embedded: EmbeddedPlatform
 ) -> None:
     """A client outside a cluster reaches MLflow, and knows no way to the object store that such a link names."""
     asked = (embedded.state / "logs" / "mlflow.log").read_text()

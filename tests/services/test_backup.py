@@ -13,7 +13,7 @@ from mlplatform.errors import DataError, MissingObjectError
 from mlplatform.settings import DATASETS_BUCKET, Settings
 from mlplatform_ops import backup
 from mlplatform_ops.cli import main
-from mlplatform_ops.embedded.platform import Embedded
+from mlplatform_ops.embedded.platform import EmbeddedPlatform
 from mlplatform_ops.ports import free_port
 
 
@@ -28,7 +28,7 @@ def _store(settings: Settings) -> object:
 
 
 def test_a_new_platform_finds_every_object_and_run_of_the_saved_one(
-    embedded: Embedded, platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    embedded: EmbeddedPlatform, platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s3_client().put_object(Bucket=DATASETS_BUCKET, Key="backup/one.csv", Body=b"a,b\n")
     mlflow.set_tracking_uri(platform.tracking_uri)
@@ -40,7 +40,7 @@ def test_a_new_platform_finds_every_object_and_run_of_the_saved_one(
     command = ["backup", "save", str(copy), "--database", str(embedded.state / "mlflow" / "mlflow.db")]
     assert main(command) == 0
 
-    other = Embedded(tmp_path / "other", environ={}, default_ports=False)
+    other = EmbeddedPlatform(tmp_path / "other", environ={}, default_ports=False)
     (other.state / "mlflow").mkdir(parents=True)
     backup.copy_sqlite(copy / "databases" / "mlflow.db", other.state / "mlflow" / "mlflow.db")
     try:

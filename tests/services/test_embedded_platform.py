@@ -21,12 +21,13 @@ import requests
 from mlplatform.connection import check_services, connect
 from mlplatform.errors import CredentialsError, ServiceDownError
 from mlplatform.settings import BUCKETS, Settings
-from mlplatform_ops.embedded.platform import OWNER_VARIABLE, Embedded
+from mlplatform_ops.embedded.platform import EmbeddedPlatform
+from mlplatform_ops.embedded.supervisor import OWNER_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 
 
-def processes(platform: Embedded) -> list[psutil.Process]:
+def processes(platform: EmbeddedPlatform) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
@@ -37,7 +38,7 @@ def processes(platform: Embedded) -> list[psutil.Process]:
     return found
 
 
-def names(platform: Embedded) -> list[str]:
+def names(platform: EmbeddedPlatform) -> list[str]:
     return sorted(process.name() for process in processes(platform))
 
 
@@ -46,13 +47,13 @@ def bucket(settings: Settings):
     return session.resource("s3", endpoint_url=settings.s3_endpoint).Bucket(BUCKETS[0])
 
 
-def test_starting_twice_starts_nothing_twice(embedded: Embedded) -> None:
+def test_starting_twice_starts_nothing_twice(embedded: EmbeddedPlatform) -> None:
     before = {process.pid for process in processes(embedded)}
     embedded.up()
     assert {process.pid for process in processes(embedded)} == before
 
 
-def test_every_service_is_ready_and_says_where(embedded: Embedded) -> None:
+def test_every_service_is_ready_and_says_where(embedded: EmbeddedPlatform) -> None:
     services = embedded.status()
     running = {service.name: service for service in services if service.pid}
     assert {"object-store", "online-store", "mlflow"} <= running.keys()
@@ -67,7 +68,7 @@ def test_the_buckets_are_there(platform: Settings) -> None:
     assert {entry["Name"] for entry in client.list_buckets()["Buckets"]} >= set(BUCKETS)
 
 
-def test_everything_listens_on_loopback_only(embedded: Embedded) -> None:
+def test_everything_listens_on_loopback_only(embedded: EmbeddedPlatform) -> None:
     addresses = [
         connection.laddr.ip
         for process in processes(embedded)
@@ -78,7 +79,7 @@ def test_everything_listens_on_loopback_only(embedded: Embedded) -> None:
     assert set(addresses) == {"127.0.0.1"}
 
 
-def test_secrets_are_the_owners_alone_and_in_no_log(embedded: Embedded) -> None:
+def test_secrets_are_the_owners_alone_and_in_no_log(embedded: EmbeddedPlatform) -> None:
     assert stat.S_IMODE(embedded.state.stat().st_mode) == 0o700
     secrets = [value for name, value in environment(embedded).items() if "PASSWORD" in name or "SECRET" in name]
     assert len(secrets) >= 5
@@ -90,14 +91,14 @@ def test_secrets_are_the_owners_alone_and_in_no_log(embedded: Embedded) -> None:
             assert not any(secret in path.read_text(errors="replace") for secret in secrets), path
 
 
-def test_no_command_line_shows_a_secret(embedded: Embedded) -> None:
+def test_no_command_line_shows_a_secret(embedded: EmbeddedPlatform) -> None:
     secrets = [value for name, value in environment(embedded).items() if "PASSWORD" in name or "SECRET" in name]
     lines = [" ".join(process.cmdline()) for process in processes(embedded)]
     assert len(lines) >= 4
     assert not any(secret in line for secret in secrets for line in lines)
 
 
-def test_no_service_answers_a_stranger(embedded: Embedded, platform: Settings) -> None:
+def test_no_service_answers_a_stranger(embedded: EmbeddedPlatform, platform: Settings) -> None:
     anonymous = requests.get(f"{platform.s3_endpoint}/{BUCKETS[0]}", timeout=5)
     assert anonymous.status_code == 403
     assert requests.get(platform.tracking_uri, timeout=5).status_code == 401
@@ -107,15 +108,21 @@ def test_no_service_answers_a_stranger(embedded: Embedded, platform: Settings) -
     assert requests.get(f"http://127.0.0.1:{supervisor}/", timeout=5).status_code == 401
 
 
-def test_the_object_stores_inner_ports_refuse_what_is_not_signed(embedded: Embedded, platform: Settings) -> None:
+def test_the_object_stores_inner_ports_refuse_who_has_no_certificate_of_theirs(
+    embedded: EmbeddedPlatform, platform: Settings
+) -> None:
     bucket(platform).put_object(Key="guarded.txt", Body=b"guarded")
     ports = environment(embedded)
-    filer = f"http://127.0.0.1:{ports['MLPLATFORM_WEED_FILER_PORT']}/buckets/{BUCKETS[0]}"
-    volume = f"http://127.0.0.1:{ports['MLPLATFORM_WEED_VOLUME_PORT']}"
-    assert requests.get(f"{filer}/guarded.txt", timeout=5).status_code == 401
-    assert requests.post(f"{filer}/new.txt", data=b"x", timeout=5).status_code == 401
-    assert requests.delete(f"{filer}/guarded.txt", timeout=5).status_code == 401
-    assert requests.post(f"{volume}/1,0123456789", files={"file": b"x"}, timeout=5).status_code == 401
+    for part, path in (
+        ("MASTER", "dir/assign"),
+        ("MASTER", "dir/lookup?volumeId=1"),
+        ("VOLUME", "status"),
+        ("FILER", f"buckets/{BUCKETS[0]}/guarded.txt"),
+    ):
+        address = f"127.0.0.1:{ports[f'MLPLATFORM_WEED_{part}_PORT']}/{path}"
+        assert requests.get(f"http://{address}", timeout=5).status_code == 400
+        with pytest.raises(requests.ConnectionError, match=r"CERTIFICATE_REQUIRED|reset|aborted"):
+            requests.get(f"https://{address}", verify=embedded.state / "certificates" / "ca.crt", timeout=5)
 
 
 @pytest.mark.parametrize(
@@ -136,14 +143,14 @@ def test_wrong_credentials_are_told_from_a_service_that_is_down(
         check_services(replace(platform, **change))
 
 
-def test_connect_finds_the_embedded_platform_by_its_state_folder(embedded: Embedded) -> None:
+def test_connect_finds_the_embedded_platform_by_its_state_folder(embedded: EmbeddedPlatform) -> None:
     environ = {"MLPLATFORM_STATE": str(embedded.state), "AWS_ACCESS_KEY_ID": "of-some-cloud"}
     assert connect(environ) == embedded.settings
     assert environ["AWS_ACCESS_KEY_ID"] == embedded.settings.access_key
     assert environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
-def test_the_printed_exports_let_a_shell_talk_to_the_platform(embedded: Embedded) -> None:
+def test_the_printed_exports_let_a_shell_talk_to_the_platform(embedded: EmbeddedPlatform) -> None:
     script = (
         'eval "$("$PYTHON" -m mlplatform_ops env)" && "$PYTHON" -c "'
         "import boto3, redis, os; print(len(boto3.client('s3').list_buckets()['Buckets']));"
@@ -155,8 +162,10 @@ def test_the_printed_exports_let_a_shell_talk_to_the_platform(embedded: Embedded
 
 
 @pytest.fixture(scope="class")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
-    platform = Embedded(tmp_path_factory.mktemp("a folder with spaces") / "state", environ={}, default_ports=False)
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPlatform]:
+    platform = EmbeddedPlatform(
+        tmp_path_factory.mktemp("a folder with spaces") / "state", environ={}, default_ports=False
+    )
     try:
         platform.up()
         yield platform
@@ -167,7 +176,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
 class TestLifecycle:
     """One platform of its own, stopped, killed and started again."""
 
-    def test_what_was_stored_survives_a_kill_of_everything(self, own: Embedded) -> None:
+    def test_what_was_stored_survives_a_kill_of_everything(self, own: EmbeddedPlatform) -> None:
         store(own)
         for process in sorted(processes(own), key=lambda process: "supervisor.supervisord" not in process.cmdline()):
             process.kill()
@@ -177,7 +186,9 @@ class TestLifecycle:
         own.up()
         assert_stored(own)
 
-    def test_a_supervisor_that_was_killed_leaves_nothing_that_blocks_the_next_start(self, own: Embedded) -> None:
+    def test_a_supervisor_that_was_killed_leaves_nothing_that_blocks_the_next_start(
+        self, own: EmbeddedPlatform
+    ) -> None:
         before, url = names(own), own.settings.redis_url
         supervisor = next(process for process in processes(own) if "supervisor.supervisord" in process.cmdline())
         supervisor.kill()
@@ -188,7 +199,7 @@ class TestLifecycle:
         assert names(own) == before
         assert own.settings.redis_url == url, "the old server still holds the port"
 
-    def test_down_leaves_no_process_and_up_finds_everything_again(self, own: Embedded) -> None:
+    def test_down_leaves_no_process_and_up_finds_everything_again(self, own: EmbeddedPlatform) -> None:
         assert own.down() is True
         assert processes(own) == []
         assert {service.state for service in own.status()} == {"stopped"}
@@ -196,7 +207,7 @@ class TestLifecycle:
         own.up()
         assert_stored(own)
 
-    def test_a_service_that_does_not_come_up_is_named_with_its_log(self, own: Embedded) -> None:
+    def test_a_service_that_does_not_come_up_is_named_with_its_log(self, own: EmbeddedPlatform) -> None:
         own.down()
         database = own.state / "mlflow" / "mlflow.db"
         kept = database.read_bytes()
@@ -206,17 +217,17 @@ class TestLifecycle:
         own.down()
         database.write_bytes(kept)
 
-    def test_clean_removes_all_of_it(self, own: Embedded) -> None:
+    def test_clean_removes_all_of_it(self, own: EmbeddedPlatform) -> None:
         own.clean()
         assert not own.state.exists()
         assert processes(own) == []
 
 
-def environment(platform: Embedded) -> dict[str, str]:
+def environment(platform: EmbeddedPlatform) -> dict[str, str]:
     return json.loads((platform.state / "settings.json").read_text())["environment"]
 
 
-def store(platform: Embedded) -> None:
+def store(platform: EmbeddedPlatform) -> None:
     settings = platform.settings
     bucket(settings).put_object(Key="kept.txt", Body=b"kept" * 100_000)
     redis.Redis.from_url(settings.redis_url).set("kept", "kept")
@@ -229,7 +240,7 @@ def store(platform: Embedded) -> None:
     create.raise_for_status()
 
 
-def assert_stored(platform: Embedded) -> None:
+def assert_stored(platform: EmbeddedPlatform) -> None:
     settings = platform.settings
     try:
         assert bucket(settings).Object("kept.txt").get()["Body"].read() == b"kept" * 100_000
@@ -245,7 +256,7 @@ def assert_stored(platform: Embedded) -> None:
     assert found.json()["experiment"]["name"] == "kept"
 
 
-def test_jupyterlab_opens_for_its_token_alone_and_shows_it_once(embedded: Embedded, tmp_path: Path) -> None:
+def test_jupyterlab_opens_for_its_token_alone_and_shows_it_once(embedded: EmbeddedPlatform, tmp_path: Path) -> None:
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "BROWSER": "true"}
     environ["MLPLATFORM_STATE"] = str(embedded.state)
     with (tmp_path / "log").open("w+") as log:

@@ -100,7 +100,7 @@ def test_ctrl_c_ends_a_command_with_130(monkeypatch: pytest.MonkeyPatch, capsys:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlplatform_ops.embedded.platform.Embedded.down", interrupt)
+    monkeypatch.setattr("mlplatform_ops.embedded.platform.EmbeddedPlatform.down", interrupt)
     assert main(["down"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

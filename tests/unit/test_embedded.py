@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlplatform.errors import PortTakenError, SettingsError
-from mlplatform_ops.embedded.platform import Embedded
+from mlplatform_ops.embedded.platform import EmbeddedPlatform
 from mlplatform_ops.embedded.services import INNER_PORTS, SERVICES, choose_ports
 from mlplatform_ops.ports import free_port, is_free
 
@@ -44,7 +44,7 @@ def test_a_taken_port_that_nobody_asked_for_is_replaced_and_that_is_said(taken: 
 
 
 def test_a_taken_port_that_the_user_set_is_an_error_before_anything_starts(taken: int, tmp_path: Path) -> None:
-    platform = Embedded(tmp_path / "state", environ={"MLPLATFORM_S3_PORT": str(taken)}, default_ports=False)
+    platform = EmbeddedPlatform(tmp_path / "state", environ={"MLPLATFORM_S3_PORT": str(taken)}, default_ports=False)
     with pytest.raises(PortTakenError, match=f"MLPLATFORM_S3_PORT={taken}: port {taken} is taken"):
         platform.up()
     assert not (tmp_path / "state" / "settings.json").exists()
@@ -68,16 +68,16 @@ def test_a_listener_on_every_address_takes_the_port_too() -> None:
 def test_a_state_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SettingsError, match=r"cannot write .*file.*; free it, or set MLPLATFORM_STATE"):
-        Embedded(tmp_path / "file" / "state", environ={}, default_ports=False).up()
+        EmbeddedPlatform(tmp_path / "file" / "state", environ={}, default_ports=False).up()
 
 
 def test_the_status_of_a_platform_that_never_started_says_so(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="run 'make up'"):
-        Embedded(tmp_path / "state", environ={}).status()
+        EmbeddedPlatform(tmp_path / "state", environ={}).status()
 
 
 def test_down_and_clean_of_what_never_ran_do_nothing(tmp_path: Path) -> None:
-    platform = Embedded(tmp_path / "state", environ={})
+    platform = EmbeddedPlatform(tmp_path / "state", environ={})
     assert platform.down() is False
     platform.clean()
     assert list(tmp_path.iterdir()) == []
@@ -87,5 +87,5 @@ def test_clean_deletes_only_what_up_made(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / "settings.json").write_text('{"environment": {}}')
     (tmp_path / "logs").mkdir()
-    Embedded(tmp_path, environ={}).clean()
+    EmbeddedPlatform(tmp_path, environ={}).clean()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

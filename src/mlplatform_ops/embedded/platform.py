@@ -6,26 +6,21 @@ chooses ports, makes credentials, waits until every service answers, and stops t
 
 from __future__ import annotations
 
-import fcntl
-import http.client
 import json
 import os
 import secrets
 import shutil
-import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
-import xmlrpc.client
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from mlplatform.errors import CredentialsError, PlatformError, ServiceDownError, SettingsError
 from mlplatform.settings import (
@@ -47,18 +42,25 @@ from mlplatform_ops.embedded.services import (
     addresses,
     auth_config,
     choose_ports,
+    grpc_sockets,
     make_buckets,
+    make_certificates,
     s3_config,
+    security_config,
     valkey_config,
     valkey_folder,
 )
-from mlplatform_ops.files import write_private
+from mlplatform_ops.embedded.supervisor import Supervisor, end_processes
+from mlplatform_ops.files import private_folder, write_private
 from mlplatform_ops.ports import HOST
 
 START_TIMEOUT_S = 180.0
-PROBE_TIMEOUT_S = 5.0
-# Marks the processes that a supervisor started, so that they are found even when it was killed.
-OWNER_VARIABLE = "MLPLATFORM_OWNER"
+PROBE_TIMEOUT_S = 3.0
+# A service that has run for longer than a start takes must answer soon.
+STARTED_AFTER_S = 60
+HANG_TIMEOUT_S = 5.0
+# Longer than another platform's start, during which it keeps the lock.
+LOCK_TIMEOUT_S = START_TIMEOUT_S + 60
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class ServiceStatus:
 
     Attributes:
         name: The service's name.
-        state: `ready` when it answers, else supervisor's own word, such as `starting` or `fatal`.
+        state: `ready` when it answers, `does not answer` when it runs and should, else the supervisor's word, such as
+            `starting`.
         url: Where it listens.
         pid: Its process id, 0 when it does not run.
         uptime_s: Seconds since it started, 0 when it does not run.
@@ -82,7 +85,7 @@ class ServiceStatus:
     memory_bytes: int = 0
 
 
-class Embedded:
+class EmbeddedPlatform:
     """The platform whose state lies in one folder.
 
     Args:
@@ -95,6 +98,7 @@ class Embedded:
         self.state = state.resolve()
         self._environ = environ
         self._default_ports = default_ports
+        self._supervisor = Supervisor(self.state, self._environment)
 
     def up(self, *, also: Collection[str] = (), notify: Notify = lambda _: None) -> Settings:
         """Start what does not run, wait until each service answers, make the buckets.
@@ -109,32 +113,43 @@ class Embedded:
             ServiceDownError: A service does not come up; the message names its log.
         """
         services = [service for service in SERVICES if not service.on_demand or service.name in also]
-        with _one_at_a_time():
+        with _one_at_a_time(notify):
             if not self.running():
-                self._end_orphans()
-                self._start_supervisor(self._configure(notify))
+                previous = self._environment() if (self.state / SETTINGS_FILE).is_file() else {}
+                self._end_processes()
+                self._supervisor.launch(self._variables(self._configure(previous, notify)))
             for service in services:
-                self._start(service)
+                self._supervisor.start(service.name)
             self._wait(services, notify)
             make_buckets(self.settings)
         return self.settings
 
-    def down(self) -> bool:
+    def down(self, *, notify: Notify = lambda _: None) -> bool:
         """Stop every process and keep every byte.
+
+        Args:
+            notify: Called with a line for each step worth showing.
 
         Returns:
             Whether anything ran.
         """
-        with _one_at_a_time():
-            ran = self.running()
-            if ran:
-                pid = self._call("getPID")
-                self._call("shutdown")
-                with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-                    psutil.Process(pid).wait(timeout=40)
-            ran = self._end_orphans() or ran
-            self._remove_sockets()
-        return ran
+        with _one_at_a_time(notify):
+            ran = False
+            try:
+                ran = self.running()
+                if ran:
+                    self._supervisor.shutdown()
+            except ServiceDownError as error:
+                notify(f"{error.args[0].partition(';')[0]}; ending its processes without it")
+            return self._end_processes() or ran
+
+    def _end_processes(self) -> bool:
+        """End what runs without its supervisor, and remove the sockets that SeaweedFS leaves in /tmp."""
+        ended = end_processes(self.state)
+        with suppress(SettingsError, KeyError, OSError):
+            for path in grpc_sockets(self._environment()):
+                path.unlink(missing_ok=True)
+        return ended
 
     def clean(self) -> None:
         """Stop every process and delete what `up` made; what somebody else put into the state folder stays."""
@@ -149,10 +164,14 @@ class Embedded:
             self.state.rmdir()
 
     def running(self) -> bool:
-        """Say whether this platform's supervisor answers."""
+        """Say whether this platform's supervisor answers.
+
+        Raises:
+            ServiceDownError: It runs, and does not answer within seconds.
+        """
         try:
-            return bool(self._call("getState")["statecode"] == 1)
-        except (OSError, xmlrpc.client.Error, http.client.HTTPException, SettingsError, KeyError):
+            return self._supervisor.running()
+        except SettingsError:
             return False
 
     def status(self) -> list[ServiceStatus]:
@@ -160,27 +179,29 @@ class Embedded:
 
         Raises:
             SettingsError: No platform was ever started here.
+            ServiceDownError: The supervisor runs, and does not answer within seconds.
         """
         settings = self.settings
-        entries = {}
-        if self.running():
-            entries = {entry["name"]: entry for entry in self._call("getAllProcessInfo")}
+        entries = self._supervisor.entries() if self.running() else {}
         return [self._status_of(service, settings, entries.get(service.name)) for service in SERVICES]
 
     def _status_of(self, service: Service, settings: Settings, entry: Mapping[str, Any] | None) -> ServiceStatus:
         url = self._url(service)
         if entry is None or not entry["pid"]:
             return ServiceStatus(service.name, entry["statename"].lower() if entry else "stopped", url)
-        ready = self._answers(service, settings)
-        members = [psutil.Process(entry["pid"])]
-        members += members[0].children(recursive=True)
+        state = "ready" if self._answers(service, settings) else entry["statename"].lower()
+        memory_bytes = 0
+        with suppress(psutil.NoSuchProcess):
+            members = [psutil.Process(entry["pid"])]
+            members += members[0].children(recursive=True)
+            memory_bytes = sum(member.memory_info().rss for member in members)
         return ServiceStatus(
             service.name,
-            "ready" if ready else entry["statename"].lower(),
+            "does not answer" if state == "running" else state,
             url,
             entry["pid"],
             entry["now"] - entry["start"],
-            sum(member.memory_info().rss for member in members),
+            memory_bytes,
         )
 
     @property
@@ -191,20 +212,27 @@ class Embedded:
     def _environment(self) -> dict[str, str]:
         return read_state(self.state)
 
-    def _configure(self, notify: Notify) -> dict[str, str]:
-        """Choose ports, make the credentials that are not there yet, write what each service reads."""
-        previous = self._environment() if (self.state / SETTINGS_FILE).is_file() else {}
-        environment = previous | choose_ports(self._environ, previous, defaults=self._default_ports, notify=notify)
+    def _configure(self, previous: Mapping[str, str], notify: Notify) -> dict[str, str]:
+        """Choose ports, make the credentials that are not there yet, write what each service reads.
+
+        Args:
+            previous: The variables of the last start.
+            notify: Called with a line for each port that is not the expected one.
+        """
+        environment = {**previous, **choose_ports(self._environ, previous, defaults=self._default_ports, notify=notify)}
         environment |= {name: previous.get(name) or secrets.token_urlsafe(24) for name in SECRETS}
         environment |= addresses(environment)
         try:
             # What servers that ended left there.
             shutil.rmtree(self.state / "tmp", ignore_errors=True)
-            for folder in FOLDERS:
-                (self.state / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.state.chmod(0o700)
+            for folder in FOLDERS:
+                (self.state / folder).mkdir(mode=0o700, exist_ok=True)
+            make_certificates(self.state / "certificates")
             write_private(self.state / SETTINGS_FILE, json.dumps({"environment": environment}, indent=2))
             write_private(self.state / "s3.json", s3_config(environment))
+            write_private(self.state / "security.toml", security_config())
             write_private(self.state / "valkey.conf", valkey_config(environment))
             write_private(self.state / "basic_auth.ini", auth_config(environment))
         except OSError as error:
@@ -213,65 +241,49 @@ class Embedded:
             ) from error
         return environment
 
-    def _start_supervisor(self, environment: Mapping[str, str]) -> None:
-        conf = self.state / "supervisord.conf"
-        conf.write_text((resources.files("mlplatform_ops.embedded") / "supervisord.conf").read_text())
+    def _variables(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Give the variables that the supervisor hands to every service."""
         binaries = [str(Path(sys.executable).parent), str(valkey_folder())]
-        outcome = subprocess.run(
-            [sys.executable, "-m", "supervisor.supervisord", "-c", conf.name],
-            cwd=self.state,
-            env={
-                **{name: value for name, value in self._environ.items() if name in _INHERITED},
-                **CLIENT_DEFAULTS,
-                **environment,
-                "PATH": os.pathsep.join([*binaries, self._environ.get("PATH", os.defpath)]),
-                "MLFLOW_AUTH_CONFIG_PATH": "basic_auth.ini",
-                "MLPLATFORM_FEATURE_REPO": str(find_root() / "feature_repo"),
-                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-                OWNER_VARIABLE: str(self.state),
-                STATE_VARIABLE: str(self.state),
-                "PYTHONUNBUFFERED": "1",
-                "TMPDIR": str(self.state / "tmp"),
-                # SeaweedFS, a Go program, then returns what it no longer uses. With 200 MiB it collects garbage without
-                # end: a tenth of a core while nothing is asked of it.
-                "GOMEMLIMIT": "400MiB",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if outcome.returncode:
-            reason = (outcome.stderr or outcome.stdout).strip().splitlines()[-1:]
-            raise ServiceDownError(f"the supervisor does not start: {' '.join(reason)}; see {self.state / 'logs'}")
-        _wait_until(self.running, timeout_s=20, what="the supervisor", log=self.state / "logs" / "supervisord.log")
-
-    def _call(self, method: str, *arguments: object) -> Any:
-        environment = self._environment()
-        password = environment["MLPLATFORM_SUPERVISOR_PASSWORD"]
-        port = environment["MLPLATFORM_SUPERVISOR_PORT"]
-        with xmlrpc.client.ServerProxy(f"http://platform:{password}@{HOST}:{port}/RPC2") as proxy:
-            return getattr(proxy.supervisor, method)(*arguments)
-
-    def _start(self, service: Service) -> None:
-        try:
-            self._call("startProcess", service.name, False)
-        except xmlrpc.client.Fault as fault:
-            if "ALREADY_STARTED" not in fault.faultString:
-                raise ServiceDownError(f"{service.name}: {fault.faultString}; see {self._log(service)}") from fault
+        return {
+            **{name: value for name, value in self._environ.items() if name in _INHERITED},
+            **CLIENT_DEFAULTS,
+            **environment,
+            "PATH": os.pathsep.join([*binaries, self._environ.get("PATH", os.defpath)]),
+            "MLFLOW_AUTH_CONFIG_PATH": "basic_auth.ini",
+            "MLPLATFORM_FEATURE_REPO": str(find_root() / "feature_repo"),
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            STATE_VARIABLE: str(self.state),
+            "PYTHONUNBUFFERED": "1",
+            "TMPDIR": str(self.state / "tmp"),
+            # SeaweedFS, a Go program, then returns what it no longer uses. With 200 MiB it collects garbage without
+            # end: a tenth of a core while nothing is asked of it.
+            "GOMEMLIMIT": "400MiB",
+        }
 
     def _wait(self, services: list[Service], notify: Notify) -> None:
         settings = self.settings
         waiting = {service.name: service for service in services}
-        deadline = time.monotonic() + START_TIMEOUT_S
+        began = time.monotonic()
+        said = began
         while waiting:
             for service in list(waiting.values()):
                 if self._answers(service, settings):
                     notify(f"{service.name} answers at {self._url(service)}")
                     del waiting[service.name]
-                elif time.monotonic() > deadline or self._state(service) in {"FATAL", "EXITED", "UNKNOWN"}:
+                    continue
+                waited = time.monotonic() - began
+                entry = self._supervisor.entry(service.name)
+                log = self._log(service)
+                if entry["statename"] in {"FATAL", "EXITED", "UNKNOWN"} or waited > START_TIMEOUT_S:
+                    raise ServiceDownError(f"{service.name} does not come up: {_last_line(log)}; see {log}")
+                if waited > HANG_TIMEOUT_S and entry["now"] - entry["start"] > STARTED_AFTER_S:
                     raise ServiceDownError(
-                        f"{service.name} does not come up: {_last_line(self._log(service))}; see {self._log(service)}"
+                        f"{service.name} (pid {entry['pid']}) runs and does not answer; "
+                        f"run 'make down', then 'make up'; see {log}"
                     )
+            if waiting and time.monotonic() - said > 8:
+                notify(f"waiting for {', '.join(waiting)}")
+                said = time.monotonic()
             time.sleep(0.1 if waiting else 0)
 
     def _answers(self, service: Service, settings: Settings) -> bool:
@@ -284,11 +296,8 @@ class Embedded:
             raise ServiceDownError(f"{error}; another program may have taken its port") from error
         except (PlatformError, OSError):
             return False
-        # Whatever answered knows our credentials; the supervisor must agree that it is ours.
-        return self._state(service) in {"STARTING", "RUNNING"}
-
-    def _state(self, service: Service) -> str:
-        return str(self._call("getProcessInfo", service.name)["statename"])
+        # The service accepted our password. Also check that our supervisor started it.
+        return self._supervisor.entry(service.name)["statename"] in {"STARTING", "RUNNING"}
 
     def _log(self, service: Service) -> Path:
         return self.state / "logs" / f"{service.name}.log"
@@ -297,49 +306,36 @@ class Embedded:
         scheme = "redis" if service.name == "online-store" else "http"
         return f"{scheme}://{HOST}:{self._environment()[service.variable]}"
 
-    def _end_orphans(self) -> bool:
-        """End what a killed supervisor left behind: it would hold the data files of the next start."""
-        orphans = list(_processes_of(self.state))
-        for process in orphans:
-            with suppress(psutil.NoSuchProcess):
-                process.terminate()
-        _, alive = psutil.wait_procs(orphans, timeout=20)
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=5)
-        return bool(orphans)
-
-    def _remove_sockets(self) -> None:
-        """Remove the sockets that SeaweedFS leaves in /tmp; it offers no option for their place."""
-        with suppress(SettingsError, KeyError):
-            environment = self._environment()
-            for part in ("master", "volume", "filer", "s3"):
-                port = environment[f"MLPLATFORM_WEED_{part.upper()}_GRPC_PORT"]
-                Path("/tmp", f"seaweedfs-{part}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108
-
 
 # What a service may need of the user's environment; the rest, such as another platform's credentials, stays out.
 _INHERITED = {"HOME", "LANG", "LC_ALL", "PATH", "TZ", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}
 
 
 @contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Let one platform of this user start or stop at a time, so that two never choose the same port."""
-    path = Path(tempfile.gettempdir()) / f"mlplatform-{os.getuid()}.lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+def _one_at_a_time(notify: Notify) -> Iterator[None]:
+    """Let one platform of this user start or stop at a time, so that two never choose the same port.
+
+    The lock lies in a folder of this user's alone: in a shared one, somebody else could hold it for ever.
+
+    Raises:
+        ServiceDownError: Another start or stop does not end.
+    """
+    path = private_folder() / "start.lock"
+    lock = FileLock(path, mode=0o600)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock.acquire(timeout=1)
+    except Timeout:
+        notify("another platform of yours starts or stops; waiting for it")
+        try:
+            lock.acquire(timeout=LOCK_TIMEOUT_S)
+        except Timeout:
+            raise ServiceDownError(
+                f"another start or stop has held {path} for {LOCK_TIMEOUT_S:.0f} s; end it, then type this again"
+            ) from None
+    try:
         yield
     finally:
-        os.close(handle)
-
-
-def _processes_of(state: Path) -> Iterator[psutil.Process]:
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(OWNER_VARIABLE) == str(state):
-                yield process
+        lock.release()
 
 
 def _last_line(log: Path) -> str:
@@ -348,11 +344,3 @@ def _last_line(log: Path) -> str:
         if lines:
             return lines[-1][:200]
     return "it wrote nothing"
-
-
-def _wait_until(ready: Callable[[], bool], *, timeout_s: float, what: str, log: Path) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        if time.monotonic() > deadline:
-            raise ServiceDownError(f"{what} does not answer after {timeout_s:.0f} s; see {log}")
-        time.sleep(0.05)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 from mlplatform.connection import probe_mlflow, probe_object_store, probe_online_store, s3_client
-from mlplatform.settings import (
-    BUCKETS,
-    SETTINGS_FILE,
-    Settings,
-)
+from mlplatform.settings import BUCKETS, SETTINGS_FILE, Settings
 from mlplatform_ops.console import Notify
+from mlplatform_ops.files import write_private
 from mlplatform_ops.ports import HOST, free_port, is_free, users_port
 
 
@@ -43,16 +42,19 @@ SERVICES = (
     Service("feature-server", "MLPLATFORM_FEATURE_SERVER_PORT", 6566, on_demand=True),
     Service("feast-ui", "MLPLATFORM_FEAST_UI_PORT", 6567, on_demand=True),
 )
-
-
-FOLDERS = ("logs", "object-store", "online-store", "mlflow", "tmp")
-
-
-FILES = ("s3.json", "valkey.conf", "basic_auth.ini", "supervisord.conf", "supervisord.pid", "s3.sock", "filer.sock")
-
-
+FOLDERS = ("logs", "object-store", "online-store", "mlflow", "tmp", "certificates")
+FILES = (
+    "s3.json",
+    "security.toml",
+    "valkey.conf",
+    "basic_auth.ini",
+    "supervisord.conf",
+    "supervisord.pid",
+    "s3.sock",
+    "filer.sock",
+)
 CONTENTS = (*FOLDERS, *FILES, SETTINGS_FILE)
-
+CERTIFICATE_YEARS = 10
 
 # Ports that only the services themselves use: any free one will do.
 INNER_PORTS = (
@@ -62,8 +64,6 @@ INNER_PORTS = (
         for part in ("MASTER", "MASTER_GRPC", "VOLUME", "VOLUME_GRPC", "FILER", "FILER_GRPC", "S3_GRPC")
     ),
 )
-
-
 SECRETS = (
     "FEATURE_SERVER_TOKEN",
     "AWS_SECRET_ACCESS_KEY",
@@ -76,6 +76,80 @@ SECRETS = (
     "WEED_JWT_FILER_SIGNING_KEY",
     "WEED_JWT_FILER_SIGNING_READ_KEY",
 )
+
+
+def grpc_sockets(ports: Mapping[str, str]) -> list[Path]:
+    """List the sockets that SeaweedFS opens beside its gRPC ports; it offers no option for their folder.
+
+    Args:
+        ports: Ports by variable.
+    """
+    parts = ("MASTER", "VOLUME", "FILER", "S3")
+    return [
+        _grpc_socket(f"MLPLATFORM_WEED_{part}_GRPC_PORT", ports[f"MLPLATFORM_WEED_{part}_GRPC_PORT"]) for part in parts
+    ]
+
+
+def _grpc_socket(variable: str, port: str) -> Path:
+    part = variable.removeprefix("MLPLATFORM_WEED_").removesuffix("_GRPC_PORT").lower()
+    return Path("/tmp", f"seaweedfs-{part}-grpc-{port}.sock")  # noqa: S108
+
+
+def make_certificates(folder: Path) -> None:
+    """Make an authority and the one certificate with which SeaweedFS's parts know each other, unless they are there.
+
+    The authority's key is not kept, so nobody can make another certificate that the parts accept.
+
+    Args:
+        folder: Where `ca.crt`, `weed.crt` and `weed.key` go.
+    """
+    if all((folder / name).is_file() for name in ("ca.crt", "weed.crt", "weed.key")):
+        return
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    authority, own = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    today = datetime.now(UTC)
+
+    def certificate(name: str, key: ec.EllipticCurvePrivateKey, *extensions: tuple[x509.ExtensionType, bool]) -> str:
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "object store")]))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            # A clock that is wrong by up to a year when this runs does no harm.
+            .not_valid_before(today - timedelta(days=400))
+            .not_valid_after(today + timedelta(days=365 * CERTIFICATE_YEARS))
+        )
+        for extension, critical in extensions:
+            builder = builder.add_extension(extension, critical)
+        return builder.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+    hosts = x509.SubjectAlternativeName([x509.IPAddress(ip_address(HOST)), x509.DNSName("localhost")])
+    write_private(
+        folder / "weed.key",
+        own.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ).decode(),
+    )
+    write_private(folder / "weed.crt", certificate("weed", own, (hosts, False)))
+    write_private(
+        folder / "ca.crt", certificate("object store", authority, (x509.BasicConstraints(ca=True, path_length=0), True))
+    )
+
+
+def security_config() -> str:
+    """Write what SeaweedFS's parts ask of each other: a certificate of our authority, over gRPC and over HTTP."""
+    pair = 'cert = "certificates/weed.crt"\nkey = "certificates/weed.key"\n'
+    authority = 'ca = "certificates/ca.crt"\n'
+    sections = [f"[grpc]\n{authority}"]
+    sections += [f"[grpc.{part}]\n{pair}" for part in ("master", "volume", "filer", "s3", "client")]
+    sections += [f"[https.{part}]\n{pair}{authority}" for part in ("master", "volume", "filer")]
+    sections += [f"[https.client]\nenabled = true\n{pair}{authority}"]
+    return "\n".join(sections)
 
 
 def make_buckets(settings: Settings) -> None:
@@ -118,7 +192,9 @@ def choose_ports(
         ports[service.variable] = str(port)
     for name in INNER_PORTS:
         port = int(previous.get(name, 0))
-        ports[name] = str(port if port and is_free(port) else free_port(avoid=ports.values()))
+        # A file that a stranger put in the socket's place would stop SeaweedFS.
+        kept = port and is_free(port) and not ("GRPC" in name and _grpc_socket(name, str(port)).exists())
+        ports[name] = str(port if kept else free_port(avoid=ports.values()))
     return ports
 
 
@@ -149,7 +225,7 @@ def valkey_config(environment: Mapping[str, str]) -> str:
         f"bind {HOST}\nport {environment['MLPLATFORM_REDIS_PORT']}\n"
         f"requirepass {environment['MLPLATFORM_REDIS_PASSWORD']}\n"
         'dir online-store\nappendonly yes\nsave ""\n'
-        # Its title would be written over its environment, by which _processes_of knows it.
+        # Its title would be written over its environment, by which processes_of knows it.
         "set-proc-title no\n"
     )
 
