@@ -1,4 +1,4 @@
-# Every target is a line or two; what it does lives in src/mlplatform. `make` alone prints the list.
+# Every target is a line or two; what it does lives in src. `make` alone prints the list.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 PYTHON ?= python3
@@ -114,7 +114,7 @@ GROUP = $(LOCK) -c requirements.lock
 lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requirements
 	@echo 'uv' | $(LOCK) --upgrade - -o requirements-uv.lock
 	@$(LOCK) --upgrade --group dev pyproject.toml -o requirements.lock
-	@$(GROUP) --group build pyproject.toml -o deploy/components/notebooks/requirements.lock
+	@$(GROUP) --group build --group ops pyproject.toml -o deploy/components/notebooks/requirements.lock
 	@printf '%s\n' kubernetes protobuf requests urllib3 | $(GROUP) --override /dev/stdin --group pipelines -o requirements-pipelines.lock
 	@$(GROUP) -c requirements-pipelines.lock --group serving -o requirements-serving.lock
 	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock --group drift -o requirements-drift.lock
