@@ -84,6 +84,21 @@ def test_the_data_sets_of_a_run_load_back_through_mlflow(
         pd.testing.assert_frame_equal(pd.read_parquet(source.load()), expected)
 
 
+def test_the_addresses_of_a_runs_data_sets_are_read_in_one_place(runs: dict[str, tracking.LoggedRun]) -> None:
+    data_sets = {data.context: data for data in tracking.data_sets(mlflow.get_run(runs["good"].run_id))}
+    assert tuple(data_sets) == tracking.CONTEXTS
+    assert [data.name for data in data_sets.values()] == [f"income-{context}" for context in tracking.CONTEXTS]
+    assert len(objectstore.read_frame(data_sets["testing"].uri)) == 1_000
+
+
+def test_logging_outside_of_a_run_says_what_to_call(
+    runs: dict[str, tracking.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame]
+) -> None:
+    datasets = tracking.write_datasets(*parts, parts[1])
+    with pytest.raises(RegistryError, match="call log_fitted inside"):
+        tracking.log_fitted(runs["good"].model, datasets)
+
+
 def test_nothing_in_a_run_or_its_model_is_a_pickle(runs: dict[str, tracking.LoggedRun], tmp_path: Path) -> None:
     model = Path(mlflow.artifacts.download_artifacts(runs["good"].model_uri, dst_path=str(tmp_path)))
     files = {path.name: path.read_bytes() for path in model.rglob("*") if path.is_file()}
