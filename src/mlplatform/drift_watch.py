@@ -26,6 +26,7 @@ from mlplatform.errors import DataError, MissingObjectError, PlatformError, Regi
 from mlplatform.income import COLUMNS
 from mlplatform.monitoring import Performance, Reference, Verdict
 from mlplatform.settings import DATASETS_BUCKET
+from mlplatform.tracking import data_sets
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -96,15 +97,13 @@ def read_context(version: ModelVersion, context: str) -> tuple[str, pd.DataFrame
         MissingObjectError: The file is gone.
         DataError: The file holds other bytes than its name says.
     """
-    run = mlflow.get_run(str(version.run_id))
-    entries = run.inputs.dataset_inputs if run.inputs else []
-    found = [entry for entry in entries if any(tag.value == context for tag in entry.tags)]
-    if not found:
+    logged = {data.context: data.uri for data in data_sets(mlflow.get_run(str(version.run_id)))}
+    if context not in logged:
         raise RegistryError(
             f"the run of {version.name} version {version.version} logged no {context} data; "
             "train it again with notebook 02_train_models"
         )
-    uri = str(mlflow.data.get_source(found[0]).to_dict()["uri"])
+    uri = logged[context]
     try:
         return uri, objectstore.read_frame(uri)
     except MissingObjectError as error:

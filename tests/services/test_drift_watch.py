@@ -16,6 +16,7 @@ import yaml
 from sklearn.linear_model import LogisticRegression
 
 from mlplatform import drift_watch, income, modeling, objectstore, registry, tracking
+from mlplatform.connection import s3_client
 from mlplatform.errors import DataError, MissingObjectError, PlatformError, RegistryError
 from mlplatform.settings import Settings
 
@@ -98,7 +99,7 @@ def test_a_reference_that_is_gone_is_named_with_what_brings_it_back(
 ) -> None:
     uri, reference = drift_watch.read_context(drift_watch.champion(name=champion), "reference")
     bucket, key = objectstore.split_uri(uri)
-    objectstore.client().delete_object(Bucket=bucket, Key=key)
+    s3_client().delete_object(Bucket=bucket, Key=key)
     try:
         with pytest.raises(MissingObjectError, match=r"reference data of .* is gone \(s3://.*02_train_models"):
             drift_watch.watch(batch, source="batch", report=False, name=champion)
