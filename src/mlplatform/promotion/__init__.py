@@ -1,0 +1,1 @@
+"""What stands between a registered version and the alias `champion`."""

@@ -1,0 +1,98 @@
+"""The gate: which evaluation makes a version champion. The thresholds and their reasons are in gate.toml."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.exceptions import MlflowException
+
+from mlplatform.errors import RegistryError
+from mlplatform.evaluation import paired_interval
+
+FILE = "evaluation.json"
+RULES: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("gate.toml").read_text())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the gate has to know about a model; kept as JSON in the model's run.
+
+    Attributes:
+        rows: Number of test rows.
+        calibration_error: As in `evaluation.calibration_error`.
+        groups: The rows of `evaluation.group_rates`.
+        folds: What names the folds, `evaluation.fold_scores(...).attrs`; empty if there are no fold scores.
+        fold_auc: Area under the ROC curve of each fold, in the folds' order.
+    """
+
+    rows: int
+    calibration_error: float
+    groups: list[dict[str, Any]]
+    folds: dict[str, int]
+    fold_auc: list[float]
+
+    @property
+    def worst_group(self) -> dict[str, Any]:
+        """The group with the lowest true positive rate, of those with enough high earners to tell."""
+        enough = [group for group in self.groups if group["positives"] >= RULES["worst_group"]["min_positives"]]
+        return min(enough or self.groups, key=lambda group: float(group["true_positive_rate"]))
+
+
+def log(evaluation: Evaluation) -> None:
+    """Write an evaluation to the active run: as JSON for the gate, its main figures as metrics for readers."""
+    mlflow.log_dict(asdict(evaluation), FILE)
+    worst = evaluation.worst_group["true_positive_rate"]
+    figures = {"calibration_error": evaluation.calibration_error, "worst_group_recall": worst}
+    mlflow.log_metrics({f"evaluation_{name}": float(value) for name, value in figures.items()})
+
+
+def read(run_id: str) -> Evaluation:
+    """Read the evaluation of a run.
+
+    Raises:
+        RegistryError: The run was not evaluated.
+    """
+    try:
+        return Evaluation(**json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/{FILE}")))
+    except (MlflowException, OSError, TypeError, ValueError) as error:
+        raise RegistryError(f"run {run_id} has no evaluation; run notebook 03_evaluate_models") from error
+
+
+def check(challenger: Evaluation, champion: Evaluation | None) -> tuple[list[str], str]:
+    """Hold an evaluation against the rules of gate.toml.
+
+    Args:
+        challenger: The evaluation of the version that wants to become champion.
+        champion: The evaluation of the one that is, if any.
+
+    Returns:
+        One sentence for each rule that it breaks, none if it passes; and the figures that were compared.
+    """
+    worst, error = challenger.worst_group, challenger.calibration_error
+    rate = float(worst["true_positive_rate"])
+    figures = f"calibration error {error:.4f}, true positive rate of the worst group ({worst['group']}) {rate:.3f}"
+    broken = []
+    if error > (most := RULES["calibration"]["at_most"]):
+        broken.append(f"calibration error {error:.4f} is above {most}")
+    if rate < (least := RULES["worst_group"]["at_least"]):
+        broken.append(f"true positive rate {rate:.3f} of {worst['group']} is below {least}")
+    if champion is None:
+        return broken, figures
+    loss = float(champion.worst_group["true_positive_rate"]) - rate
+    if loss > (most := RULES["worst_group_loss"]["at_most"]):
+        broken.append(f"its worst group is {loss:.3f} below the champion's, more than {most}")
+    if not challenger.folds or challenger.folds != champion.folds:
+        return [*broken, "it was not scored on the champion's folds, so the two cannot be compared"], figures
+    difference = np.array(challenger.fold_auc) - np.array(champion.fold_auc)
+    mean, low, high = paired_interval(difference, folds=challenger.folds["folds"])
+    lead = f"lead in AUC {mean:+.4f} ({low:+.4f} to {high:+.4f})"
+    if low <= (bound := RULES["lead"]["above"]):
+        broken.append(f"{lead} is not clearly above {bound}")
+    return broken, f"{lead}, {figures}"
