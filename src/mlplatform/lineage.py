@@ -7,7 +7,7 @@ import pandas as pd
 from mlflow.entities.model_registry import ModelVersion
 
 from mlplatform.errors import RegistryError
-from mlplatform.tracking import data_sets, model_uri
+from mlplatform.tracking import CONTEXTS, data_sets, model_uri
 
 MODEL_TAG = "model"
 VERSION_TAG = "model_version"
@@ -49,7 +49,11 @@ def trace(run_id: str) -> pd.DataFrame:
     version = mlflow.MlflowClient().get_model_version(tags[MODEL_TAG], tags[VERSION_TAG])
     training = mlflow.get_run(str(version.run_id))
     rows = [
-        *((f"{data.context} data", f"{data.name}, digest {data.digest}", data.uri) for data in data_sets(training)),
+        *(
+            (f"{data.context} data", f"{data.name}, digest {data.digest}", data.uri)
+            for data in data_sets(training)
+            if data.context in CONTEXTS  # an evaluation adds the test rows once more, as `eval`
+        ),
         ("run", training.info.run_name, f"runs:/{training.info.run_id}"),
         (
             "model version",
