@@ -372,7 +372,7 @@ def test_why_no_pod_is_made_is_said_early(fake: FakeCluster, overlay: Path) -> N
     fake.refused["redis"] = "pods redis-0 is forbidden: exceeded quota"
     lines: list[str] = []
     with pytest.raises(ClusterError, match=r"statefulset redis does not come up: FailedCreate: .* exceeded quota"):
-        Cluster(overlay, notify=lines.append).up(patience_s=1)
+        Cluster(overlay, notify=lines.append).up(stuck_after_s=1)
     assert "  event FailedCreate: pods redis-0 is forbidden: exceeded quota" in lines
 
 
@@ -388,7 +388,7 @@ def test_an_image_that_can_not_be_pulled_ends_the_wait_early(fake: FakeCluster, 
     fake.waiting["feature-server"] = "ImagePullBackOff"
     begun = time.monotonic()
     with pytest.raises(ClusterError, match="pod feature-server-0 does not come up: ImagePullBackOff"):
-        Cluster(overlay).up(timeout_s=300, patience_s=1)
+        Cluster(overlay).up(timeout_s=300, stuck_after_s=1)
     assert time.monotonic() - begun < 30
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from mlplatform_ops.cluster.rollouts import (
-    PATIENCE_S,
-    Patience,
+    STUCK_AFTER_S,
+    StuckTimer,
     Workload,
+    blocking_pod,
     describe,
-    pod_to_blame,
     unready_container,
     workload_of,
 )
@@ -62,7 +62,7 @@ def _replica_set(template: str, revision: str) -> Answer:
     return Answer(metadata=Answer(name=f"mlflow-{template}", labels=labels, annotations={REVISION: revision}))
 
 
-def test_pods_of_an_earlier_template_hold_nothing_up() -> None:
+def test_pods_of_an_earlier_template_block_nothing() -> None:
     replica_sets = [_replica_set("old", "1"), _replica_set("new", "2")]
     pods = [_pod("a", waiting="ImagePullBackOff", template="old"), _pod("b", waiting="ContainerCreating")]
     assert workload_of("Deployment", _deployment(), pods, replica_sets).reason == "ContainerCreating: as told"
@@ -110,45 +110,45 @@ def test_a_job_that_failed_is_given_up_at_once() -> None:
     item = Answer(metadata=Answer(name="mlflow"), spec=Answer(completions=1), status=Answer(conditions=[failed]))
     workload = workload_of("Job", item, [])
     assert workload.reason == "BackoffLimitExceeded: too often"
-    assert Patience(PATIENCE_S).is_over(workload, 0)
+    assert StuckTimer(STUCK_AFTER_S).is_stuck(workload, 0)
 
 
 @pytest.mark.parametrize(("reason", "seconds"), [("ImagePullBackOff: x", 60), ("Unschedulable: no volume", 300)])
-def test_a_reason_that_seldom_passes_is_given_its_time(reason: str, seconds: int) -> None:
-    patience, workload = Patience(60), Workload("Deployment", "mlflow", 0, 1, False, reason)
-    assert [second for second in range(seconds + 1) if patience.is_over(workload, second)] == [seconds]
+def test_a_reason_that_rarely_passes_may_last_its_time(reason: str, seconds: int) -> None:
+    timer, workload = StuckTimer(60), Workload("Deployment", "mlflow", 0, 1, False, reason)
+    assert [second for second in range(seconds + 1) if timer.is_stuck(workload, second)] == [seconds]
 
 
-def test_a_container_that_crashes_again_and_again_is_not_forgiven_while_it_runs() -> None:
-    patience = Patience(60)
+def test_the_time_of_a_container_that_crashes_again_and_again_goes_on_while_it_runs() -> None:
+    timer = StuckTimer(60)
     crashed, runs = (Workload("Job", "mlflow", 0, 1, False, reason) for reason in ("CrashLoopBackOff: x", ""))
     states = [crashed if second % 50 < 10 else runs for second in range(101)]
-    assert [second for second, state in enumerate(states) if patience.is_over(state, second)] == [100]
+    assert [second for second, state in enumerate(states) if timer.is_stuck(state, second)] == [100]
 
 
-def test_a_trouble_that_passed_is_forgotten_though_nobody_asked_meanwhile() -> None:
-    patience, slow = Patience(60), Workload("Job", "mlflow", 0, 1, False, "ErrImagePull: x")
-    patience.is_over(slow, 0)
-    assert not patience.is_over(slow, 200)
+def test_a_reason_that_passed_starts_anew() -> None:
+    timer, slow = StuckTimer(60), Workload("Job", "mlflow", 0, 1, False, "ErrImagePull: x")
+    timer.is_stuck(slow, 0)
+    assert not timer.is_stuck(slow, 200)
 
 
-def test_each_trouble_has_its_own_time() -> None:
-    patience = Patience(60)
+def test_each_reason_has_a_time_of_its_own() -> None:
+    timer = StuckTimer(60)
     for second in range(100):
-        assert not patience.is_over(Workload("Job", "mlflow", 0, 1, False, "Unschedulable: no node"), second)
+        assert not timer.is_stuck(Workload("Job", "mlflow", 0, 1, False, "Unschedulable: no node"), second)
     pulls = Workload("Job", "mlflow", 0, 1, False, "ErrImagePull: x")
-    assert [patience.is_over(pulls, second) for second in (100, 130, 160)] == [False, False, True]
+    assert [timer.is_stuck(pulls, second) for second in (100, 130, 160)] == [False, False, True]
 
 
-def test_the_pod_that_has_the_reason_is_blamed_and_not_one_that_goes() -> None:
+def test_the_newest_pod_with_the_reason_blocks_and_not_one_that_is_deleted() -> None:
     going = _pod("a", waiting="CrashLoopBackOff", deleted="now")
     done = _pod("b", phase="Succeeded")
     older = _pod("c", waiting="CrashLoopBackOff", created="2026-01-01")
     newer = _pod("d", waiting="ContainerCreating", created="2026-01-02")
     pods = [going, done, newer, older]
     workload = workload_of("Deployment", _deployment(), pods)
-    assert pod_to_blame(pods, workload) is older
+    assert blocking_pod(pods, workload) is older
     newest = _pod("e", waiting="CrashLoopBackOff", created="2026-01-03")
-    assert pod_to_blame([*pods, newest], workload) is newest
-    assert pod_to_blame([going, done], workload) is None
+    assert blocking_pod([*pods, newest], workload) is newest
+    assert blocking_pod([going, done], workload) is None
     assert unready_container(older) == "mlflow"

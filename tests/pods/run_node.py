@@ -443,7 +443,7 @@ def show(node: Node, overlay: Path, output: Path) -> None:
     for path, text in kept.items():
         path.write_text(re.sub(r"(library/redis:)\S+", r"\1not-there", text))
     try:
-        cluster.up(patience_s=20)
+        cluster.up(stuck_after_s=20)
     except ClusterError as error:
         print(f"    as it must: {error}")
         if "ImagePull" not in str(error):
@@ -452,7 +452,7 @@ def show(node: Node, overlay: Path, output: Path) -> None:
         raise PodError("an image that is not there came up")
     for path, text in kept.items():
         path.write_text(text)
-    cluster.up(patience_s=20)
+    cluster.up(stuck_after_s=20)
 
     step("k8s-down, which keeps data; k8s-up without the secrets, which is refused; down with the data")
     cluster.down(delete_data=False)

@@ -1,18 +1,15 @@
 """The platform on a Kubernetes cluster, from this machine: put it there, watch it, reach it, take it away.
 
-Rendering and applying is kubectl's work, which comes as a wheel; asking, waiting and explaining is done with the
-official client. No context is used without its name being shown, and one that looks like production only after a
-confirmation.
+kubectl, which comes as a wheel, renders and applies; the official client asks. The context's name is always shown, and
+a context that looks like production is used only after a confirmation.
 """
 
 from __future__ import annotations
 
 import subprocess
-import time
 from base64 import b64decode
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import yaml
 
 from mlplatform.errors import ClusterError
 from mlplatform.settings import Settings
-from mlplatform_ops.cluster.api import AwayError, api_errors, api_of, connect_to, find_context, looks_like_production
+from mlplatform_ops.cluster.api import api_errors, api_of, connect_to, find_context, looks_like_production
 from mlplatform_ops.cluster.credentials import PREVIOUS, VALUES, write_secrets
 from mlplatform_ops.cluster.forwards import SERVICES, Forward, Target, forwarded_settings, local_port
 from mlplatform_ops.cluster.kubectl import Manifest, kubectl_command, render
@@ -30,22 +27,11 @@ from mlplatform_ops.cluster.overlay import (
     read_env,
     wanted_files,
 )
-from mlplatform_ops.cluster.rollouts import (
-    PATIENCE_S,
-    Patience,
-    Workload,
-    belongs,
-    describe,
-    is_hopeless,
-    is_ready,
-    pod_to_blame,
-    unready_container,
-    workload_of,
-)
+from mlplatform_ops.cluster.rollouts import STUCK_AFTER_S, Workload, is_ready
+from mlplatform_ops.cluster.watch import PART_OF, Watch
 from mlplatform_ops.console import Notify
 
 Confirm = Callable[[str], bool]
-PART_OF = "app.kubernetes.io/part-of=mlplatform"
 FIELD_MANAGER = "mlplatform"
 VALIDATION = "--validate=strict"
 TIMEOUT_S = 900.0
@@ -91,13 +77,14 @@ class Cluster:
                 f"the context {found.name} looks like production; name another with --context, or add --yes"
             )
         self._client = connect_to(found)
+        self._watch = Watch(self._client, self.context, self.namespace, notify)
 
-    def up(self, *, timeout_s: float = TIMEOUT_S, patience_s: float = PATIENCE_S) -> None:
+    def up(self, *, timeout_s: float = TIMEOUT_S, stuck_after_s: float = STUCK_AFTER_S) -> None:
         """Make secrets that are missing, apply the overlay, wait until everything runs.
 
         Raises:
             ClusterError: It can't be rendered or applied, the cluster's secrets are not here, or a workload does not
-                come up; the message names pod and reason, after its last events and log lines were shown.
+                come up, as `Watch.wait` says.
         """
         self._check_secrets()
         write_secrets(self.overlay, notify=self._notify)
@@ -108,44 +95,7 @@ class Cluster:
         for line in self._kubectl("apply", *options, "-f", "-", stdin=manifests):
             if not line.endswith((" unchanged", " serverside-applied")):
                 self._notify(line)
-        self.wait(_workload_names(manifests), timeout_s=timeout_s, patience_s=patience_s)
-
-    def wait(self, names: Collection[tuple[str, str]], *, timeout_s: float, patience_s: float = PATIENCE_S) -> None:
-        """Wait until workloads run as specified, showing what changes.
-
-        Raises:
-            ClusterError: One does not.
-        """
-        deadline = time.monotonic() + timeout_s
-        finished: set[tuple[str, str]] = set()
-        shown: dict[str, str] = {}
-        patience = Patience(patience_s)
-        while True:
-            now = time.monotonic()
-            try:
-                found = {(workload.kind, workload.name): workload for workload in self.workloads()}
-            except AwayError as error:
-                if now > deadline:
-                    raise
-                self._notify(str(error))
-                time.sleep(1)
-                continue
-            # The cluster deletes a Job some time after its end, which may come before the others are up.
-            finished |= {name for name, workload in found.items() if name[0] == "Job" and workload.done}
-            unfinished = [name for name in names if name not in finished]
-            waiting = [found.get(name) or Workload(*name, 0, 1, False, "not there") for name in unfinished]
-            waiting = [workload for workload in waiting if not workload.done]
-            for workload in found.values():
-                line = describe(workload)
-                if (workload.kind, workload.name) in names and shown.get(workload.name) != line:
-                    shown[workload.name] = line
-                    self._notify(line)
-            if not waiting:
-                return
-            overdue = [workload for workload in waiting if patience.is_over(workload, now)]
-            if overdue or now > deadline:
-                self._give_up(waiting)
-            time.sleep(1)
+        self._watch.wait(_workload_names(manifests), timeout_s=timeout_s, stuck_after_s=stuck_after_s)
 
     def workloads(self) -> list[Workload]:
         """Ask for every workload of the platform.
@@ -153,31 +103,7 @@ class Cluster:
         Raises:
             ClusterError: The cluster does not answer, or refuses.
         """
-        apps, batch, core = (api_of(self._client, kind) for kind in ("AppsV1Api", "BatchV1Api", "CoreV1Api"))
-        with api_errors(self.context):
-            pods = core.list_namespaced_pod(self.namespace, label_selector=PART_OF).items
-            replica_sets = apps.list_namespaced_replica_set(self.namespace, label_selector=PART_OF).items
-            sets = [
-                ("Deployment", apps.list_namespaced_deployment(self.namespace, label_selector=PART_OF).items),
-                ("StatefulSet", apps.list_namespaced_stateful_set(self.namespace, label_selector=PART_OF).items),
-                ("Job", batch.list_namespaced_job(self.namespace, label_selector=PART_OF).items),
-            ]
-        found = [workload_of(kind, item, pods, replica_sets) for kind, items in sets for item in items]
-        return [entry if entry.done or entry.reason else self._explained(entry, pods) for entry in found]
-
-    def _explained(self, workload: Workload, pods: Sequence[Any]) -> Workload:
-        """Add why pods are not made, which only events tell: a quota, or an admission that refuses."""
-        if sum(belongs(pod, workload.name) for pod in pods) >= workload.wanted:
-            return workload
-        events = self._events(workload.name, "FailedCreate")
-        return replace(workload, reason=f"FailedCreate: {events[-1].message}"[:300]) if events else workload
-
-    def _events(self, name: str, reason: str = "") -> list[Any]:
-        selector = f"involvedObject.name={name}" + (f",reason={reason}" if reason else "")
-        with api_errors(self.context):
-            core = api_of(self._client, "CoreV1Api")
-            events = core.list_namespaced_event(self.namespace, field_selector=selector).items
-        return sorted(events, key=lambda event: str(event.last_timestamp or event.event_time or ""))
+        return self._watch.workloads()
 
     def down(self, *, delete_data: bool | None = None) -> None:
         """Remove the platform; keep its volumes and namespace unless their deletion is confirmed.
@@ -271,7 +197,7 @@ class Cluster:
         ]  # fmt: skip
 
     def _check_secrets(self) -> None:
-        """Refuse to give a platform other secrets than it has: new ones would lock everybody out of its data."""
+        """Refuse to give a platform other secrets than it has, which would lock everybody out of its data."""
         if not wanted_files(self.overlay):
             return
         file = self.overlay / FOLDER / VALUES
@@ -293,45 +219,6 @@ class Cluster:
         names = [name for kind, name in _workload_names(manifests) if kind == "Job"]
         if names:
             self._kubectl("delete", "job", *names, "-n", self.namespace, "--ignore-not-found", "--cascade=foreground")
-
-    def _give_up(self, workloads: list[Workload]) -> None:
-        """Show what is known of workloads that do not come up, and raise."""
-        core = api_of(self._client, "CoreV1Api")
-        with api_errors(self.context):
-            pods = core.list_namespaced_pod(self.namespace, label_selector=PART_OF).items
-        # Others may only wait for these.
-        first, *others = sorted(workloads, key=lambda each: (not is_hopeless(each), not each.failed, not each.reason))
-        for workload in [first, *(other for other in others if other.reason)]:
-            pod = pod_to_blame(pods, workload)
-            name = str(pod.metadata.name) if pod else workload.name
-            self._notify(f"{'pod' if pod else workload.kind} {name}:")
-            for event in self._events(name)[-5:]:
-                self._notify(f"  event {event.reason}: {event.message}")
-            for line in self._log_tail(core, pod) if pod else ():
-                self._notify(f"  log   {line}")
-        pod = pod_to_blame(pods, first)
-        kind, name = ("pod", pod.metadata.name) if pod else (first.kind.lower(), first.name)
-        reason = first.reason or f"{first.ready} of {first.wanted} ready"
-        also = f" (nor do {', '.join(other.name for other in others)})" if others else ""
-        raise ClusterError(
-            f"{kind} {name} does not come up: {reason}{also}; see "
-            f"'kubectl --context {self.context} -n {self.namespace} describe {kind} {name}'"
-        )
-
-    def _log_tail(self, core: Any, pod: Any) -> list[str]:
-        from kubernetes.client.exceptions import ApiException
-
-        container = unready_container(pod)
-        for previous in (False, True):
-            try:
-                text = core.read_namespaced_pod_log(
-                    pod.metadata.name, self.namespace, container=container, tail_lines=10, previous=previous
-                )
-            except ApiException:
-                continue
-            if text:
-                return [line[:300] for line in str(text).splitlines()]
-        return []
 
     def _kubectl(self, *arguments: str, stdin: list[Manifest] | None = None) -> list[str]:
         outcome = subprocess.run(

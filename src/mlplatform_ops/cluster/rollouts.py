@@ -1,6 +1,6 @@
-"""Judge what the workloads of a cluster have reached, as `kubectl rollout status` does, and say what holds them up.
+"""Judge what the workloads of a cluster have reached, as `kubectl rollout status` does, and say what blocks them.
 
-Everything here is a function of what the API server answered.
+The functions take what the API server answered, and ask nothing themselves.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# How long a reason that seldom passes by itself is given before we stop waiting, and how many times that.
-PATIENCE_S = 60.0
-HOPELESS = {
+# How long a reason that rarely passes by itself may last before we stop waiting, and how many times as long.
+STUCK_AFTER_S = 60.0
+RARELY_RECOVERS = {
     "CrashLoopBackOff": 1,
     "CreateContainerConfigError": 1,
     "CreateContainerError": 1,
@@ -23,8 +23,8 @@ HOPELESS = {
     # A node or a volume may be on its way.
     "Unschedulable": 5,
 }
-# For how long a trouble has to be away to count as passed, in seconds.
-FORGOTTEN_S = 60.0
+# A reason that was not seen for this long has passed, in seconds.
+PASSED_AFTER_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def describe(workload: Workload) -> str:
 
 
 def workload_of(kind: str, item: Any, pods: Sequence[Any], replica_sets: Sequence[Any] = ()) -> Workload:
-    """Judge a workload as `kubectl rollout status` does, and say what holds it up.
+    """Judge a workload as `kubectl rollout status` does, and say what blocks it.
 
     Args:
         kind: `Deployment`, `StatefulSet` or `Job`.
@@ -100,44 +100,44 @@ def workload_of(kind: str, item: Any, pods: Sequence[Any], replica_sets: Sequenc
     return Workload(kind, name, ready, wanted, done, reason, restarts, late and not done)
 
 
-class Patience:
-    """Tells when waiting for a workload is in vain.
+class StuckTimer:
+    """Measures for how long each workload has had a reason that rarely passes by itself.
 
-    A container that crashes now and then is well in between, so a trouble counts from when it was first seen, unless
-    it was away for a minute.
+    A container that crashes again and again runs in between, so the time goes on from when the reason was first seen.
+    It starts anew after a minute without the reason.
 
     Args:
-        patience_s: How long a reason that seldom passes by itself is given, in seconds.
+        stuck_after_s: How long such a reason may last, in seconds; some may last longer (`RARELY_RECOVERS`).
     """
 
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
-        self._troubles: dict[tuple[str, str], tuple[float, float]] = {}
+    def __init__(self, stuck_after_s: float) -> None:
+        self._stuck_after_s = stuck_after_s
+        self._seen: dict[tuple[str, str], tuple[float, float]] = {}
 
-    def is_over(self, workload: Workload, now: float) -> bool:
-        """Say whether a workload that is not done should be given up.
+    def is_stuck(self, workload: Workload, now: float) -> bool:
+        """Say whether to stop waiting for a workload that is not done.
 
         Args:
             workload: What it has reached.
             now: A monotonic time, in seconds; later at each call.
         """
-        if workload.failed or not is_hopeless(workload):
+        if workload.failed or not rarely_recovers(workload):
             return workload.failed
-        trouble = workload.name, _word(workload.reason)
-        since, last = self._troubles.get(trouble, (now, now))
-        if now - last > FORGOTTEN_S:
-            since = now
-        self._troubles[trouble] = since, now
-        return now - since >= self._patience_s * HOPELESS[_word(workload.reason)]
+        word = _word(workload.reason)
+        first, last = self._seen.get((workload.name, word), (now, now))
+        if now - last > PASSED_AFTER_S:
+            first = now
+        self._seen[workload.name, word] = first, now
+        return now - first >= self._stuck_after_s * RARELY_RECOVERS[word]
 
 
-def is_hopeless(workload: Workload) -> bool:
-    """Say whether what holds a workload up seldom passes by itself."""
-    return _word(workload.reason) in HOPELESS
+def rarely_recovers(workload: Workload) -> bool:
+    """Say whether what blocks a workload rarely passes by itself."""
+    return _word(workload.reason) in RARELY_RECOVERS
 
 
-def pod_to_blame(pods: Sequence[Any], workload: Workload) -> Any:
-    """Find the pod that holds a workload up, the newest that has the reason, or else any that is not ready."""
+def blocking_pod(pods: Sequence[Any], workload: Workload) -> Any:
+    """Find the pod that blocks a workload: the newest that has its reason, or else any that is not ready."""
     own = [
         pod
         for pod in pods
@@ -152,13 +152,13 @@ def pod_to_blame(pods: Sequence[Any], workload: Workload) -> Any:
 
 
 def unready_container(pod: Any) -> str:
-    """Name the container that holds a pod up."""
+    """Name the container that blocks a pod."""
     statuses = _container_statuses(pod)
-    # An init container that is through is not ready either, and not what holds the pod up.
-    through = [
+    # An init container that has ended well is not ready either, and does not block the pod.
+    ended_well = [
         entry for entry in statuses if entry.state and entry.state.terminated and entry.state.terminated.exit_code == 0
     ]
-    unready = [entry for entry in statuses if not entry.ready and entry not in through]
+    unready = [entry for entry in statuses if not entry.ready and entry not in ended_well]
     return str((unready or statuses)[0].name) if statuses else str(pod.spec.containers[0].name)
 
 
@@ -175,7 +175,7 @@ def belongs(pod: Any, name: str) -> bool:
 
 
 def _current(kind: str, item: Any, pods: list[Any], replica_sets: Sequence[Any]) -> list[Any]:
-    """Keep the pods of a workload's present template: an earlier one's may be broken, and are on their way out."""
+    """Keep the pods of a workload's present template. Pods of an earlier one may be broken, and will be deleted."""
     revision = "deployment.kubernetes.io/revision"
     if kind == "Deployment":
         wanted = (item.metadata.annotations or {}).get(revision)
@@ -196,7 +196,7 @@ def _container_statuses(pod: Any) -> list[Any]:
 
 
 def _reason(pods: Sequence[Any]) -> str:
-    """Say why pods are not ready, preferring what does not pass by itself."""
+    """Say why pods are not ready; a reason that rarely passes by itself comes first."""
     reasons = []
     for pod in pods:
         for entry in _container_statuses(pod):
@@ -211,7 +211,7 @@ def _reason(pods: Sequence[Any]) -> str:
         for condition in pod.status.conditions or ():
             if condition.type == "PodScheduled" and condition.status == "False":
                 reasons.append(f"{condition.reason}: {condition.message}"[:300])
-    return min(reasons, key=lambda reason: _word(reason) not in HOPELESS, default="")
+    return min(reasons, key=lambda reason: _word(reason) not in RARELY_RECOVERS, default="")
 
 
 def _word(reason: str) -> str:
