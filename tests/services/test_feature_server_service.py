@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -23,6 +20,7 @@ import requests
 from mlplatform import feature_client, features, history
 from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError
 from mlplatform.settings import Settings
+from mlplatform_ops.feast_servers.feature_server import StoreWatcher
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "test-token"  # noqa: S105 - of servers that live for one test
@@ -40,7 +38,8 @@ def running(module: str, repo: Path) -> Iterator[str]:
     )
     try:
         url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
             assert process.poll() is None, f"{module} ended with {process.returncode}"
             try:
                 requests.get(f"{url}/health", timeout=5)
@@ -48,6 +47,8 @@ def running(module: str, repo: Path) -> Iterator[str]:
                 time.sleep(0.1)
             else:
                 break
+        else:
+            pytest.fail(f"{module} does not answer")
         yield url
     finally:
         process.terminate()
@@ -114,10 +115,7 @@ def test_a_server_that_is_not_there_is_named_with_what_to_run(environ: dict[str,
 
 
 def test_a_server_started_before_there_are_features_serves_them_as_soon_as_there_are(built: Settings, tmp_path: Path):
-    repo = tmp_path / "repo"
-    shutil.copytree(ROOT / "feature_repo", repo, ignore=shutil.ignore_patterns("__pycache__"))
-    config = repo / "feature_store.yaml"
-    config.write_text(config.read_text().replace("registry.db", f"late-{uuid4().hex}.db"))
+    repo = _without_registry(tmp_path)
     with running("mlplatform_ops.feast_servers.feature_server", repo) as url:
         environ = {"FEATURE_SERVER_URL": url, "FEATURE_SERVER_TOKEN": TOKEN}
         with pytest.raises(ServiceDownError, match=r"503 .*no features are registered yet; run 'make features'"):
@@ -144,40 +142,64 @@ def test_the_ui_shows_what_is_registered_and_changes_nothing(built: Settings):
 
 
 @pytest.mark.parametrize(
-    ("secret_key", "ready"),
-    [("", 200), ("wrong", 503)],
-    ids=["there is no registry yet", "the store refuses the keys"],
+    "body",
+    [
+        {"entities": {"user_id": [None]}},
+        {"entities": {"user_id": [["x"]]}},
+        {"entities": {"user_id": [{"x": 1}]}},
+        {"entities": {"user_id": []}},
+        {"entities": {}},
+        {},
+        {"entities": {"user_id": ["\ud800"]}},
+        {"entities": {"stranger": ["x"]}},
+        {"entities": {"user_id": ["x"]}, "features": [7]},
+        {"entities": {"user_id": ["x"]}, "features": None},
+        {"entities": {"user_id": ["x"]}, "feature_service": ["a"]},
+        {"entities": {"user_id": ["x"]}, "features": []},
+        {"entities": {"user_id": ["x"]}, "features": [":"]},
+        {"entities": {"user_id": ["x"]}, "features": ["no-colon"]},
+        {"entities": {"user_id": ["x\0"]}, "full_feature_names": "maybe"},
+    ],
+    ids=str,
 )
-def test_on_a_cluster_it_is_ready_without_a_registry_but_not_without_a_store(
-    platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret_key: str, ready: int
+def test_a_question_of_a_wrong_form_is_the_askers_fault(server: str, body: dict[str, Any]) -> None:
+    asked = {"features": ["demographic:Sex"]} | body
+    reply = requests.post(
+        f"{server}/get-online-features", json=asked, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=20
+    )
+    assert (reply.status_code, bool(reply.text)) == (422, True), reply.text
+
+
+def test_a_hundred_megabytes_are_refused_and_hold_nobody_up(server: str) -> None:
+    host, port = server.removeprefix("http://").split(":")
+    for token, status in ((TOKEN, b"413"), ("wrong", b"401")):
+        with socket.create_connection((host, int(port)), 20) as connection:
+            head = f"POST /get-online-features HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\n"
+            connection.sendall(f"{head}Content-Length: {100 * 2**20}\r\n\r\n".encode() + b"[" * 1000)
+            assert connection.recv(1000).split()[1] == status
+        assert requests.get(f"{server}/health", timeout=5).json() == {"detail": "serving"}
+
+
+@pytest.mark.parametrize(
+    ("change", "ready"),
+    [({}, True), ({"AWS_SECRET_ACCESS_KEY": "wrong"}, False), ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, False)],
+    ids=["there is no registry yet", "the store refuses the keys", "the store does not answer"],
+)
+def test_it_is_ready_without_a_registry_but_not_without_a_store(
+    platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], ready: bool
 ) -> None:
-    path = ROOT / "deploy" / "components" / "feature-server" / "serve.py"
-    served = runpy.run_path(str(path))
-    app = served["ReadOnly"]([TOKEN])
-    names = app.load.__globals__
-    (tmp_path / "feature_store.yaml").write_text("registry: {path: s3://feature-registry/none.pb}")
-    monkeypatch.setitem(names, "FOLDER", tmp_path)
-
-    def stop(_: float) -> None:
-        raise InterruptedError
-
-    monkeypatch.setitem(names, "time", SimpleNamespace(sleep=stop))
-    # Which keeps the keys that it found first.
-    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
-    if secret_key:
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret_key)
-    with pytest.raises(InterruptedError):
-        app.load()
-    assert _status(app, "GET", "/health") == ready
-    assert _status(app, "POST", "/get-online-features") == 503
+    repo = _without_registry(tmp_path)
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    watcher = StoreWatcher(repo)
+    watcher.look()
+    assert (watcher.ready, watcher.app) == (ready, None)
 
 
-def _status(app: Callable[..., Coroutine[Any, Any, None]], method: str, path: str) -> int:
-    sent: list[dict[str, Any]] = []
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    headers = [(b"authorization", f"Bearer {TOKEN}".encode())]
-    asyncio.run(app({"type": "http", "method": method, "path": path, "headers": headers}, None, send))
-    return int(sent[0]["status"])
+def _without_registry(folder: Path) -> Path:
+    """Copy the feature repository and name a registry that is not there yet."""
+    repo = folder / "repo"
+    shutil.copytree(ROOT / "feature_repo", repo, ignore=shutil.ignore_patterns("__pycache__"))
+    config = repo / "feature_store.yaml"
+    config.write_text(config.read_text().replace("registry.db", f"late-{uuid4().hex}.db"))
+    return repo

@@ -1,9 +1,9 @@
 """Feast's feature server with every endpoint closed but those that read.
 
-`python -m mlplatform_ops.feast_servers.feature_server --port 6566`, in the feature repository, serves online
-features over HTTP. Feast's own server also writes (`/push`, `/materialize`, ...) for anyone who reaches it; here a list
-says what is open, so that an endpoint that a later release adds stays shut. With `FEATURE_SERVER_TOKEN` set, reading
-asks for that token too. The server starts before there are features, and answers 503 until they are registered.
+`python -m mlplatform_ops.feast_servers.feature_server --port 6566`, in the feature repository, serves online features
+over HTTP, on a laptop and on a cluster. With `FEATURE_SERVER_TOKEN` set, reading asks for that token; while a token is
+replaced, `FEATURE_SERVER_TOKEN_PREVIOUS` is accepted too. The server starts before there are features, and answers 503
+until they are registered.
 """
 
 from __future__ import annotations
@@ -12,116 +12,176 @@ import argparse
 import hmac
 import json
 import os
+import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlplatform.errors import PlatformError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from mlplatform.errors import RegistryError
+from mlplatform_ops.feast_servers.gate import AllowList, read_body, replay
 
-HEALTH = ("GET", "/health")
-OPEN = frozenset({HEALTH, ("POST", "/get-online-features")})
-TOKEN_VARIABLE = "FEATURE_SERVER_TOKEN"  # noqa: S105 - the variable's name
+TOKEN_VARIABLES = ("FEATURE_SERVER_TOKEN", "FEATURE_SERVER_TOKEN_PREVIOUS")
+REFUSAL = "this feature server only reads: GET /health, POST /get-online-features"
 WAITING = "no features are registered yet; run 'make features'"
+NOT_LOADED = "the features can't be loaded yet; the server's log says why"
+# Room for 25,000 user ids. Feast parses a body in the thread that serves everybody: 100 MB held it for a minute.
+LIMIT_BYTES = 2**20
 
 
-class ReadOnly:
-    """Passes on requests that read and answers the rest itself, as an ASGI application.
-
-    Args:
-        find: Gives the application behind it, or none while there is no registry to serve from.
-        token: What a request must carry as `Authorization: Bearer <token>`; empty for nothing. `/health` needs none.
-    """
-
-    def __init__(self, find: Callable[[], App | None], *, token: str = "") -> None:
-        self._find = find
-        self._expected = f"Bearer {token}".encode() if token else b""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or take note of the server's start and end."""
-        if scope["type"] == "lifespan":
-            await _live(receive, send)
-        elif scope["type"] != "http" or (scope["method"], scope["path"]) not in OPEN:
-            reads = ", ".join(" ".join(pair) for pair in sorted(OPEN))
-            await answer(scope, send, 403, f"this feature server only reads: {reads}")
-        elif (scope["method"], scope["path"]) == HEALTH:
-            await answer(scope, send, 200, "serving" if self._find() else WAITING)
-        elif not self._knows(scope):
-            await answer(scope, send, 401, f'send the token: -H "Authorization: Bearer ${TOKEN_VARIABLE}"')
-        elif (app := self._find()) is None:
-            await answer(scope, send, 503, WAITING)
-        else:
-            await app(scope, receive, send)
-
-    def _knows(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return not self._expected or hmac.compare_digest(given, self._expected)
-
-
-class Source:
-    """Opens the feature store as soon as there is a registry, and keeps what it knows of the registry fresh.
+class StoreWatcher:
+    """Opens the feature store as soon as there is a registry, and reads the registry again every few seconds.
 
     Args:
         repo: The folder of `feature_store.yaml`.
-        refresh_s: How often to look, in seconds.
+        refresh_s: How often the registry is read, in seconds.
+
+    Attributes:
+        app: Feast's application, or none while there is no registry.
+        join_keys: What entities are asked for by, such as `user_id`; known once there is an application.
+        ready: Whether the server may get requests: the features are loaded, or there are none to load yet. A server
+            that can't reach the store, or is refused by it, is not ready.
     """
 
     def __init__(self, repo: Path, *, refresh_s: float = 2.0) -> None:
-        # Takes seconds, so it is done before the server listens, and not when the first request waits.
+        # The import takes seconds: do it before the server listens, so that the first request does not wait.
         from feast.feature_server import get_app
 
         from mlplatform.features import open_store
 
+        self.app: ASGIApp | None = None
+        self.join_keys: frozenset[str] = frozenset()
+        self.ready = False
         self._open: Callable[[], Any] = lambda: open_store(repo)
-        self._get_app: Callable[[Any], App] = get_app
+        self._get_app: Callable[[Any], ASGIApp] = get_app
         self._refresh_s = refresh_s
         self._store: Any = None
-        self._app: App | None = None
-
-    def app(self) -> App | None:
-        """Give Feast's application, or none while there is no registry."""
-        return self._app
 
     def look(self) -> None:
-        """Open the store or refresh it, once; a service that is down is tried again the next time."""
+        """Open the store or read its registry again, once. What fails is tried again the next time."""
         try:
             if self._store is None:
                 store = self._open()
-                # Notes in MLflow's active run are for notebooks; a server has no run and need not load MLflow.
+                # Feast notes retrievals in MLflow's active run; a server has none, and need not load MLflow.
                 store.config.mlflow.enabled = False
-                self._app, self._store = self._get_app(store), store
+                self.app, self._store = self._get_app(store), store
             self._store.refresh_registry()
-        except PlatformError as error:
-            print(f"waiting: {error}", flush=True)
+            self.join_keys = frozenset(entity.join_key for entity in self._store.list_entities(allow_cache=True))
+            self.ready = True
+        except Exception as error:
+            # Whatever it is, the thread must go on: the next registry may be readable.
+            self.ready = self.ready or isinstance(error, RegistryError)
+            print(f"waiting: {type(error).__name__}: {error}", flush=True)
 
     def watch(self) -> None:
         """Look again and again."""
         while True:
-            self.look()
             time.sleep(self._refresh_s)
+            self.look()
 
 
-async def _live(receive: Receive, send: Send) -> None:
-    while (message := await receive())["type"] != "lifespan.shutdown":
-        await send({"type": f"{message['type']}.complete"})
-    await send({"type": "lifespan.shutdown.complete"})
+class OnlineFeatures:
+    """Passes a question on to Feast after it has checked token, size and form, as an ASGI application.
+
+    Args:
+        watcher: Gives Feast's application.
+        tokens: What a request may carry as `Authorization: Bearer <token>`; without any, a request needs none.
+    """
+
+    def __init__(self, watcher: StoreWatcher, tokens: Sequence[str]) -> None:
+        self._watcher = watcher
+        self._expected = [f"Bearer {token}".encode() for token in tokens]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        request = Request(scope, receive)
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if self._expected and not any(hmac.compare_digest(given, expected) for expected in self._expected):
+            raise HTTPException(401, f'send the token: -H "Authorization: Bearer ${TOKEN_VARIABLES[0]}"')
+        if self._watcher.app is None:
+            raise HTTPException(503, WAITING if self._watcher.ready else NOT_LOADED)
+        body = await read_body(request, limit_bytes=LIMIT_BYTES)
+        try:
+            problem = problem_of(json.loads(body), self._watcher.join_keys)
+        except (ValueError, RecursionError):
+            problem = "the body is not JSON"
+        if problem:
+            raise HTTPException(422, problem)
+        await self._watcher.app(scope, replay(body, receive), send)
 
 
-async def answer(scope: Scope, send: Send, status: int, detail: str) -> None:
-    """Send a small JSON document, or close a websocket."""
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008})
-        return
-    body = json.dumps({"detail": detail}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def problem_of(question: object, join_keys: frozenset[str]) -> str:
+    """Say what is wrong with a question that Feast would answer with a server error.
+
+    Args:
+        question: The body, parsed from JSON.
+        join_keys: What entities are asked for by.
+
+    Returns:
+        The problem in a few words; empty when there is none.
+    """
+    if not isinstance(question, Mapping):
+        return "the body is not a JSON object"
+    if not _is_unicode(question):
+        return "the body holds half of a surrogate pair, which is not a character"
+    entities, features = question.get("entities"), question.get("features")
+    if not isinstance(entities, Mapping) or not entities:
+        return 'entities is not an object of lists, such as {"user_id": ["..."]}'
+    for name, values in entities.items():
+        if not isinstance(values, list) or not values:
+            return f"entities.{name} is not a list with a value in it"
+        if not all(isinstance(value, str | int) and not isinstance(value, bool) for value in values):
+            return f"entities.{name} holds a value that is neither text nor a whole number"
+    if len({len(values) for values in entities.values()}) > 1:
+        return "the lists in entities are not equally long"
+    if join_keys.isdisjoint(entities):
+        return f"entities names none of: {', '.join(sorted(join_keys))}"
+    if not question.get("feature_service"):
+        if not isinstance(features, list) or not features:
+            return "name a feature_service, or features as view:feature"
+        if unclear := [name for name in features if not isinstance(name, str) or ":" not in name]:
+            return f"features holds {unclear[0]!r}, which is not view:feature"
+    return ""
+
+
+def _is_unicode(value: object) -> bool:
+    """Say whether every text in a JSON value can be written as UTF-8."""
+    if isinstance(value, Mapping):
+        return all(_is_unicode(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return all(_is_unicode(part) for part in value)
+    return not isinstance(value, str) or not any("\ud800" <= sign <= "\udfff" for sign in value)
+
+
+def create_app(watcher: StoreWatcher, tokens: Sequence[str] = ()) -> AllowList:
+    """Make the server's application.
+
+    Args:
+        watcher: Gives Feast's application.
+        tokens: As in `OnlineFeatures`.
+    """
+
+    def health(_: Request) -> JSONResponse:
+        detail = "serving" if watcher.app else WAITING if watcher.ready else NOT_LOADED
+        return JSONResponse({"detail": detail}, 200 if watcher.ready else 503)
+
+    routes = [
+        Route("/health", health, methods=["GET"]),
+        Route("/get-online-features", OnlineFeatures(watcher, tokens), methods=["POST"]),
+    ]
+    return AllowList(routes, refusal=REFUSAL)
+
+
+def tokens_of(environ: Mapping[str, str]) -> list[str]:
+    """List the tokens that a request may carry: two while one is being replaced."""
+    return [environ[name] for name in TOKEN_VARIABLES if environ.get(name)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -133,10 +193,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=6566, help="port to listen on (default: %(default)s)")
     parser.add_argument("--repo", type=Path, default=Path(), help="the feature repository (default: this folder)")
     options = parser.parse_args(arguments)
-    source = Source(options.repo)
-    source.look()
-    threading.Thread(target=source.watch, daemon=True).start()
-    app = ReadOnly(source.app, token=os.environ.get(TOKEN_VARIABLE, ""))
+    tokens = tokens_of(os.environ)
+    if not tokens and options.host not in {"127.0.0.1", "::1", "localhost"}:
+        sys.exit(f"error: anyone who reaches {options.host} could read; set {TOKEN_VARIABLES[0]}")
+    watcher = StoreWatcher(options.repo)
+    watcher.look()
+    threading.Thread(target=watcher.watch, daemon=True).start()
+    app = create_app(watcher, tokens)
     uvicorn.run(app, host=options.host, port=options.port, access_log=False, log_level="warning")
 
 

@@ -1,8 +1,8 @@
 """Feast's UI, to look at and nothing else.
 
 `feast ui` also offers to create, edit and delete what is registered, and takes pushed values, from anyone who reaches
-its port. `python -m mlplatform_ops.feast_servers.feature_ui --port 8889`, in the feature repository, shows
-the same pages and refuses whatever is no reading, so that definitions change in `feature_repo` only.
+its port. `python -m mlplatform_ops.feast_servers.feature_ui --port 8889`, in the feature repository, shows the same
+pages and refuses every request that is not a reading one, so that definitions change in `feature_repo` only.
 """
 
 from __future__ import annotations
@@ -11,35 +11,18 @@ import argparse
 import sys
 from pathlib import Path
 
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
 from mlplatform.errors import PlatformError
-from mlplatform_ops.feast_servers.feature_server import App, Receive, Scope, Send, answer
+from mlplatform_ops.feast_servers.gate import AllowList
 
-READS = frozenset({"GET", "HEAD"})
-# The button "Refresh": the UI reads the registry again.
-REFRESH = ("POST", "/api/v1/registry/refresh")
-
-
-class LookOnly:
-    """Passes on requests that look and refuses the rest, as an ASGI application.
-
-    Args:
-        app: The application behind it.
-    """
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or pass on the server's start and end."""
-        looks = scope["type"] == "http" and (scope["method"] in READS or (scope["method"], scope["path"]) == REFRESH)
-        if scope["type"] == "lifespan" or looks:
-            await self._app(scope, receive, send)
-        else:
-            detail = "this UI only shows; change feature_repo/features.py and run 'make features'"
-            await answer(scope, send, 403, detail)
+# The button "Refresh" makes the UI read the registry again.
+REFRESH = "/api/v1/registry/refresh"
+REFUSAL = "this UI only shows; change feature_repo/features.py and run 'make features'"
 
 
-def create_app(repo: Path | None = None) -> LookOnly:
+def create_app(repo: Path | None = None) -> AllowList:
     """Make the UI for a feature repository.
 
     Args:
@@ -50,14 +33,22 @@ def create_app(repo: Path | None = None) -> LookOnly:
         ServiceDownError: The object store does not answer.
     """
     from feast.ui_server import get_app
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from mlplatform.features import open_store
 
     store = open_store(repo)
+    return look_only(get_app(store, store.project))
+
+
+def look_only(app: ASGIApp) -> AllowList:
+    """Let requests through to the UI that only look.
+
+    Args:
+        app: Feast's application.
+    """
+    routes = [Route("/{path:path}", app, methods=["GET"]), Route(REFRESH, app, methods=["POST"])]
     # A page of another site that points its name at this machine must not read along.
-    shown = TrustedHostMiddleware(get_app(store, store.project), allowed_hosts=["127.0.0.1", "localhost"])
-    return LookOnly(shown)
+    return AllowList(routes, refusal=REFUSAL, hosts=["127.0.0.1", "localhost"])
 
 
 def main(arguments: list[str] | None = None) -> None:
