@@ -5,12 +5,27 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from mlplatform.errors import PortTakenError, SettingsError
 
 HOST = "127.0.0.1"
 
 
+class ServicePort(NamedTuple):
+    """Where a service listens on this machine: the variable that sets its port, and the port where nobody set it."""
+
+    variable: str
+    port: int
+
+
+SERVICE_PORTS = {
+    "object-store": ServicePort("MLPLATFORM_S3_PORT", 9000),
+    "online-store": ServicePort("MLPLATFORM_REDIS_PORT", 6379),
+    "mlflow": ServicePort("MLPLATFORM_MLFLOW_PORT", 5000),
+    "feature-server": ServicePort("MLPLATFORM_FEATURE_SERVER_PORT", 6566),
+    "feast-ui": ServicePort("MLPLATFORM_FEAST_UI_PORT", 6567),
+}
 # Below the ranges from which Linux and macOS take the local ports of outgoing connections.
 FREE_PORTS = range(20_000, 32_000)
 

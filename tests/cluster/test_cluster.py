@@ -271,6 +271,14 @@ def test_up_applies_every_object_server_side_and_shows_each_rollout(fake: FakeCl
     assert "Job buckets: done" in lines
 
 
+def test_up_ends_when_kubectl_says_that_every_rollout_is_done(fake: FakeCluster, overlay: Path) -> None:
+    fake.unavailable = {"mlflow"}
+    lines: list[str] = []
+    with pytest.raises(ClusterError, match=r"kubectl rollout on kind-test failed: .*timed out waiting"):
+        Cluster(overlay, notify=lines.append).up(timeout_s=3)
+    assert "Deployment mlflow: 1/1 ready" in lines
+
+
 def test_new_secrets_are_not_made_for_a_cluster_that_holds_data(fake: FakeCluster, overlay: Path) -> None:
     Cluster(overlay).up()
     before = dict(fake.objects)

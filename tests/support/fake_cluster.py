@@ -53,6 +53,7 @@ class FakeCluster:
         requests: Each request that changed something: method, path and content type.
         waiting: Why the pods of a workload do not run, by the workload's name.
         refused: Why a workload gets no pods, by its name.
+        unavailable: Workloads whose pods are ready, and not yet for as long as the specification wants.
         failures: Statuses with which the next lists of pods are answered.
         pods: Names of pods that stand for a workload, by the workload's name; one called `<name>-0` by default.
         backends: The local port that a forward to a pod leads to, by the pod's name.
@@ -64,6 +65,7 @@ class FakeCluster:
         self.requests: list[tuple[str, str, str]] = []
         self.waiting: dict[str, str] = {}
         self.refused: dict[str, str] = {}
+        self.unavailable: set[str] = set()
         self.failures: list[int] = []
         self.pods: dict[str, list[str]] = {}
         self.backends: dict[str, int] = {}
@@ -121,7 +123,11 @@ class FakeCluster:
             return item | {"status": {"succeeded": int(ready)}}
         if item["kind"] in {"Deployment", "StatefulSet"}:
             status = {"observedGeneration": 1, "replicas": count, "updatedReplicas": count}
-            return item | {"metadata": metadata, "status": status | {"readyReplicas": count if ready else 0}}
+            available = count if ready and item["metadata"]["name"] not in self.unavailable else 0
+            status |= {"readyReplicas": count if ready else 0, "availableReplicas": available}
+            # As a real server fills in for a StatefulSet.
+            spec = {"updateStrategy": {"type": "RollingUpdate"}} | item["spec"]
+            return item | {"metadata": metadata, "spec": spec, "status": status}
         return item
 
 
@@ -195,6 +201,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(self.cluster.objects[plural, name])
         elif name or not plural:
             self._missing()
+        elif "watch" in parse_qs(urlparse(self.path).query):
+            # It says nothing of changes; kubectl then asks for a list again.
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         else:
             if plural == "pods" and self.cluster.failures:
                 code = self.cluster.failures.pop(0)

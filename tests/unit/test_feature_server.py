@@ -164,6 +164,7 @@ def test_the_feature_server_is_ready_without_a_registry_and_not_without_a_store(
         ('{"entities": {"user_id": ["x"]}}', "name a feature_service, or features as view:feature"),
         ('{"entities": {"user_id": ["x"]}, "features": []}', "name a feature_service, or features as view:feature"),
         ('{"entities": {"user_id": ["x"]}, "features": ["a"]}', "features holds 'a', which is not view:feature"),
+        ('{"entities": {"user_id": ["x"]}, "features": [":"]}', "features holds ':', which is not view:feature"),
         ('{"entities": {"user_id": ["\\ud800"]}}', "the body holds half of a surrogate pair"),
         ('{"features": ["\\udfff"], "entities": {"user_id": ["x"]}}', "the body holds half of a surrogate pair"),
     ],

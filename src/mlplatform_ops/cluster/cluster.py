@@ -6,6 +6,7 @@ a context that looks like production is used only after a confirmation.
 
 from __future__ import annotations
 
+import re
 import subprocess
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,8 @@ Confirm = Callable[[str], bool]
 FIELD_MANAGER = "mlplatform"
 VALIDATION = "--validate=strict"
 TIMEOUT_S = 900.0
+# What kubectl's libraries log beside what kubectl says, such as "E1125 01:30:13.568616 ...".
+_LOG_LINE = re.compile(r"[IWEF]\d{4} ")
 _KINDS = "deployments,statefulsets,jobs,services,configmaps,secrets,networkpolicies,poddisruptionbudgets,ingresses"
 
 
@@ -95,7 +98,11 @@ class Cluster:
         for line in self._kubectl("apply", *options, "-f", "-", stdin=manifests):
             if not line.endswith((" unchanged", " serverside-applied")):
                 self._notify(line)
-        self._watch.wait(_workload_names(manifests), timeout_s=timeout_s, stuck_after_s=stuck_after_s)
+        names = _workload_names(manifests)
+        self._watch.wait(names, timeout_s=timeout_s, stuck_after_s=stuck_after_s)
+        # kubectl knows every rule of a rollout. It waits in silence, so it is asked when nothing is left to explain.
+        rollouts = [f"{kind.lower()}/{name}" for kind, name in names if kind != "Job"]
+        self._kubectl("rollout", "status", "-n", self.namespace, f"--timeout={timeout_s:.0f}s", *rollouts)
 
     def workloads(self) -> list[Workload]:
         """Ask for every workload of the platform.
@@ -149,7 +156,7 @@ class Cluster:
         forwards: dict[str, Forward] = {}
         try:
             for service in self._services():
-                port, variable = SERVICES[service]
+                variable, port = SERVICES[service]
                 local = local_port(service, port, environ.get(variable), variable)
                 forwards[service] = Forward(
                     service, local, self._target(service, port), self._forward_command, self._notify
@@ -229,7 +236,8 @@ class Cluster:
             check=False,
         )
         if outcome.returncode:
-            reason = " ".join(outcome.stderr.split())[:500] or f"exit status {outcome.returncode}"
+            said = [line for line in outcome.stderr.splitlines() if not _LOG_LINE.match(line)]
+            reason = " ".join(" ".join(said).split())[:500] or f"exit status {outcome.returncode}"
             raise ClusterError(f"kubectl {arguments[0]} on {self.context} failed: {reason}")
         return outcome.stdout.splitlines()
 

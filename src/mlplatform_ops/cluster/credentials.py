@@ -7,17 +7,17 @@ overlay's git-ignored folder `secrets`, readable by its owner alone.
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import quote
 
 from mlplatform.errors import ClusterError
 from mlplatform_ops.cluster.overlay import FOLDER, read_env, wanted_files
 from mlplatform_ops.console import Notify
 from mlplatform_ops.files import write_private
+from mlplatform_ops.service_files import Identity, mlflow_auth, object_store_identities
 
 VALUES = "values.env"
 PREVIOUS = "_PREVIOUS"
@@ -143,7 +143,9 @@ def derived_files(values: Mapping[str, str], *, postgres: bool, seaweedfs: bool)
             {name: v for name, v in values.items() if name.startswith("REDIS_") and PREVIOUS not in name}
         ),
         "mlflow-server.env": _env({"MLFLOW_FLASK_SERVER_SECRET_KEY": inner["MLFLOW_FLASK_SERVER_SECRET_KEY"]}),
-        "basic_auth.ini": _basic_auth(values, users),
+        "basic_auth.ini": mlflow_auth(
+            username=values["MLFLOW_ADMIN_USERNAME"], password=values["MLFLOW_ADMIN_PASSWORD"], database_uri=users
+        ),
         "postgres.env": _env({"POSTGRES_PASSWORD": inner["POSTGRES_PASSWORD"]}),
         "mlflow-database.env": _env(
             {"MLFLOW_BACKEND_STORE_URI": f"{database}/mlflow", "MLFLOW_AUTH_DATABASE_URI": users}
@@ -183,23 +185,20 @@ def _both(values: Mapping[str, str], name: str) -> list[str]:
 
 
 def _identities(values: Mapping[str, str]) -> str:
-    """SeaweedFS's identities: the platform's may do everything, the feature server's may read the registry."""
+    """The object store's identities: the platform may do everything, the feature server may read the registry."""
 
-    def identity(name: str, prefix: str, actions: list[str]) -> dict[str, Any]:
-        keys = zip(_both(values, f"{prefix}ACCESS_KEY"), _both(values, f"{prefix}SECRET_KEY"), strict=True)
-        return {
-            "name": name,
-            "credentials": [{"accessKey": access, "secretKey": secret} for access, secret in keys],
-            "actions": actions,
-        }
+    def keys(prefix: str) -> list[tuple[str, str]]:
+        names = _both(values, f"{prefix}ACCESS_KEY"), _both(values, f"{prefix}SECRET_KEY")
+        return list(zip(*names, strict=True))
 
-    reading = ["Read:feature-registry", "List:feature-registry"]
-    identities = [identity("platform", "S3_", ["Admin"]), identity("feature-server", "S3_READER_", reading)]
-    return json.dumps({"identities": identities}, indent=2) + "\n"
+    reads = ["Read:feature-registry", "List:feature-registry"]
+    return object_store_identities(
+        Identity("platform", keys("S3_")), Identity("feature-server", keys("S3_READER_"), reads)
+    )
 
 
 def _acl(values: Mapping[str, str]) -> str:
-    """Redis's users, each with what its holder needs."""
+    """Redis's users; each may do what its holder needs."""
 
     def user(name: str, variable: str, rights: str) -> str:
         return f"user {name} on {' '.join('>' + value for value in _both(values, variable))} {rights}\n"
@@ -217,16 +216,6 @@ def _acl(values: Mapping[str, str]) -> str:
             "resetkeys allchannels +multi +slaveof +ping +exec +subscribe +config|rewrite +role +publish +info"
             " +client|setname +client|kill +script|kill",
         )
-    )
-
-
-def _basic_auth(values: Mapping[str, str], database: str) -> str:
-    # Without the cache every request pays for a password hash, a fifth of a second. An ini file doubles each %.
-    return (
-        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database.replace('%', '%%')}\n"
-        f"admin_username = {values['MLFLOW_ADMIN_USERNAME']}\nadmin_password = {values['MLFLOW_ADMIN_PASSWORD']}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-        "auth_cache_ttl_seconds = 300\n"
     )
 
 

@@ -1,4 +1,8 @@
-"""Ports of this machine that lead to pods of a cluster, and outlive the pods they lead to."""
+"""Ports of this machine that lead to pods of a cluster, and outlive the pods they lead to.
+
+kubectl carries the data. The official client could (`kubernetes.stream.portforward`), but its version 37 drops the
+answer when the asking side has ended its half of a connection, and changes the API client that other threads use.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,16 @@ from contextlib import suppress
 from mlplatform.errors import ClusterError, PlatformError, PortTakenError
 from mlplatform.settings import Settings
 from mlplatform_ops.console import Notify
-from mlplatform_ops.ports import free_port, is_free
+from mlplatform_ops.ports import SERVICE_PORTS, free_port, is_free
 
 # Finds the running pods behind a service: name, port, and whether it is ready.
 Target = Callable[[], list[tuple[str, int, bool]]]
-# Port of each service that a client on this machine uses, and the variable that sets its local port.
+# The cluster's services that a client on this machine uses, each with its port and what sets its local port.
 SERVICES = {
-    "minio-service": (9000, "MLPLATFORM_S3_PORT"),
-    "redis": (6379, "MLPLATFORM_REDIS_PORT"),
-    "mlflow": (5000, "MLPLATFORM_MLFLOW_PORT"),
-    "feature-server": (6566, "MLPLATFORM_FEATURE_SERVER_PORT"),
+    "minio-service": SERVICE_PORTS["object-store"],
+    "redis": SERVICE_PORTS["online-store"],
+    "mlflow": SERVICE_PORTS["mlflow"],
+    "feature-server": SERVICE_PORTS["feature-server"],
 }
 
 
@@ -130,7 +134,7 @@ class Forward:
             if process.stdout:
                 process.stdout.close()
         if any("unable to listen" in line.lower() for line in lines):
-            variable = SERVICES[self.name][1] if self.name in SERVICES else "its port"
+            variable = SERVICES[self.name].variable if self.name in SERVICES else "its port"
             raise PortTakenError(
                 f"port {self.port}, on which {self.name} is forwarded, is taken by another program; "
                 f"stop it, or set {variable} to a free port"
@@ -174,7 +178,7 @@ def forwarded_settings(secrets: Mapping[str, str], ports: Mapping[str, int]) -> 
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['minio-service']}",
             "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['mlflow']}",
             "REDIS_CONNECTION_STRING": f"127.0.0.1:{ports['redis']},{redis}",
-            "FEATURE_SERVER_URL": f"http://127.0.0.1:{ports.get('feature-server', SERVICES['feature-server'][0])}",
+            "FEATURE_SERVER_URL": f"http://127.0.0.1:{ports.get('feature-server', SERVICES['feature-server'].port)}",
         }
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -13,7 +12,8 @@ from mlplatform.connection import probe_mlflow, probe_object_store, probe_online
 from mlplatform.settings import BUCKETS, SETTINGS_FILE, Settings
 from mlplatform_ops.console import Notify
 from mlplatform_ops.files import write_private
-from mlplatform_ops.ports import HOST, free_port, is_free, users_port
+from mlplatform_ops.ports import HOST, SERVICE_PORTS, free_port, is_free, users_port
+from mlplatform_ops.service_files import Identity, mlflow_auth, object_store_identities
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Service:
 
 
 SERVICES = (
-    Service("object-store", "MLPLATFORM_S3_PORT", 9000, probe_object_store),
-    Service("online-store", "MLPLATFORM_REDIS_PORT", 6379, probe_online_store),
-    Service("mlflow", "MLPLATFORM_MLFLOW_PORT", 5000, probe_mlflow),
-    Service("feature-server", "MLPLATFORM_FEATURE_SERVER_PORT", 6566, on_demand=True),
-    Service("feast-ui", "MLPLATFORM_FEAST_UI_PORT", 6567, on_demand=True),
+    Service("object-store", *SERVICE_PORTS["object-store"], probe_object_store),
+    Service("online-store", *SERVICE_PORTS["online-store"], probe_online_store),
+    Service("mlflow", *SERVICE_PORTS["mlflow"], probe_mlflow),
+    Service("feature-server", *SERVICE_PORTS["feature-server"], on_demand=True),
+    Service("feast-ui", *SERVICE_PORTS["feast-ui"], on_demand=True),
 )
 FOLDERS = ("logs", "object-store", "online-store", "mlflow", "tmp", "certificates")
 FILES = (
@@ -215,8 +215,8 @@ def addresses(environment: Mapping[str, str]) -> dict[str, str]:
 
 def s3_config(environment: Mapping[str, str]) -> str:
     """Write the object store's identities."""
-    keys = {"accessKey": environment["AWS_ACCESS_KEY_ID"], "secretKey": environment["AWS_SECRET_ACCESS_KEY"]}
-    return json.dumps({"identities": [{"name": "platform", "credentials": [keys], "actions": ["Admin"]}]})
+    keys = environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]
+    return object_store_identities(Identity("platform", [keys]))
 
 
 def valkey_config(environment: Mapping[str, str]) -> str:
@@ -232,12 +232,10 @@ def valkey_config(environment: Mapping[str, str]) -> str:
 
 def auth_config(environment: Mapping[str, str]) -> str:
     """Write the configuration of MLflow's basic authentication."""
-    # Without the cache every request pays for a password hash, a fifth of a second.
-    return (
-        "[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///mlflow/basic_auth.db\n"
-        f"admin_username = admin\nadmin_password = {environment['MLFLOW_TRACKING_PASSWORD']}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-        "auth_cache_ttl_seconds = 300\n"
+    return mlflow_auth(
+        username=environment["MLFLOW_TRACKING_USERNAME"],
+        password=environment["MLFLOW_TRACKING_PASSWORD"],
+        database_uri="sqlite:///mlflow/basic_auth.db",
     )
 
 

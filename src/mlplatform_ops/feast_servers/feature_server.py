@@ -12,6 +12,7 @@ import argparse
 import hmac
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -34,6 +35,7 @@ WAITING = "no features are registered yet; run 'make features'"
 NOT_LOADED = "the features can't be loaded yet; the server's log says why"
 # Room for 25,000 user ids. Feast parses a body in the thread that serves everybody: 100 MB held it for a minute.
 LIMIT_BYTES = 2**20
+_NAME = re.compile(r"[^:]+:[^:]+")
 
 
 class StoreWatcher:
@@ -146,7 +148,7 @@ def problem_of(question: object, join_keys: frozenset[str]) -> str:
     if not question.get("feature_service"):
         if not isinstance(features, list) or not features:
             return "name a feature_service, or features as view:feature"
-        if unclear := [name for name in features if not isinstance(name, str) or ":" not in name]:
+        if unclear := [name for name in features if not isinstance(name, str) or not _NAME.fullmatch(name)]:
             return f"features holds {unclear[0]!r}, which is not view:feature"
     return ""
 
