@@ -27,7 +27,7 @@ test: $(READY) ## Pass every test, on a platform of its own
 	@$(PYTEST)
 
 ##@ The platform on this machine
-.PHONY: up down status env lab serve ui clean
+.PHONY: up down status env lab serve ui attack clean
 up: $(READY) ## Start object store, online store and MLflow; wait until each answers
 	@$(CLI) up
 
@@ -48,6 +48,9 @@ serve: $(READY) ## Start the Feast feature server
 
 ui: $(READY) ## Start the Feast UI
 	@$(CLI) ui
+
+attack: $(READY) ## Try the running platform's doors as a stranger would, and show which ones hold
+	@$(CLI) attack
 
 clean: $(READY) ## Stop the platform and delete all of its state, and what was built
 	@$(CLI) clean

@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is printed as one line.
     """
     tokens = list(sys.argv[1:] if arguments is None else arguments)
+    # What a command writes, such as executed notebooks, is for nobody else on this machine.
+    os.umask(0o077)
     try:
         if not tokens:
             raise CycloptsError(msg="No command is given.")
@@ -114,6 +116,23 @@ def env() -> None:
     settings = _embedded().settings
     for name, value in (settings.to_env() | {"REDIS_URL": settings.redis_url}).items():
         print(f"export {name}={shlex.quote(value)}")
+
+
+@app.command
+def attack() -> int:
+    """Try the running platform's doors as a stranger would, and show which ones hold."""
+    from rich.table import Table
+
+    from mlplatform_ops.attack import attack
+
+    platform = _embedded()
+    authority = (platform.state / "certificates" / "ca.crt").read_text()
+    attempts = attack(platform.listeners(), authority, Path(sys.executable).with_name("weed"))
+    table = Table("service", "what was tried", "answer", "holds")
+    for attempt in attempts:
+        table.add_row(attempt.service, attempt.door, attempt.answer, "yes" if attempt.held else "NO")
+    wide_console().print(table)
+    return int(not all(attempt.held for attempt in attempts))
 
 
 @app.command
@@ -252,6 +271,8 @@ def run(
         runner.check_group(path)
         runner.check_parameters(path, given.get(path.stem, {}))
     folder = (output or root / "build" / "notebooks").resolve()
+    (root / "build").mkdir(exist_ok=True)
+    (root / "build").chmod(0o700)
     with _platform(platform, target, {name for path in chosen for name in runner.services(path)}) as settings:
         executions = runner.run_all(chosen, folder, parameters=given, notify=say)
         _summarise(executions, settings, folder, platform)

@@ -32,6 +32,7 @@ from mlplatform.settings import (
     read_settings,
     read_state,
 )
+from mlplatform_ops.attack import Listener
 from mlplatform_ops.console import Notify
 from mlplatform_ops.embedded.services import (
     CONTENTS,
@@ -50,7 +51,7 @@ from mlplatform_ops.embedded.services import (
     valkey_config,
     valkey_folder,
 )
-from mlplatform_ops.embedded.supervisor import Supervisor, end_processes
+from mlplatform_ops.embedded.supervisor import Supervisor, end_processes, processes_of
 from mlplatform_ops.files import private_folder, write_private
 from mlplatform_ops.ports import HOST
 
@@ -203,6 +204,24 @@ class EmbeddedPlatform:
             entry["now"] - entry["start"],
             memory_bytes,
         )
+
+    def listeners(self) -> list[Listener]:
+        """List every socket on which a process of this platform listens."""
+        names = {entry["pid"]: name for name, entry in self._supervisor.entries().items() if entry["pid"]}
+        found: set[Listener] = set()
+        for process in processes_of(self.state):
+            with suppress(psutil.Error):
+                family = [process, *process.parents()]
+                service = next((names[member.pid] for member in family if member.pid in names), "supervisor")
+                for connection in process.net_connections("inet"):
+                    if connection.status == psutil.CONN_LISTEN:
+                        found.add(Listener(service, f"{connection.laddr.ip}:{connection.laddr.port}"))
+                for connection in process.net_connections("unix"):
+                    if connection.laddr and not connection.raddr:
+                        path = self.state / str(connection.laddr)
+                        if path.is_socket():
+                            found.add(Listener(service, str(path)))
+        return sorted(found, key=lambda entry: (entry.service, entry.address))
 
     @property
     def settings(self) -> Settings:
