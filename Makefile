@@ -9,7 +9,7 @@ PLATFORM ?= embedded
 OVERLAY ?= local
 CLUSTER = --overlay $(OVERLAY) $(if $(CONTEXT),--context '$(CONTEXT)') $(if $(YES),--yes)
 # Two processes: what needs the session's platform runs in one, the rest beside it (tests/conftest.py).
-PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(if $(DURATIONS),--durations $(DURATIONS))
 CLI = $(BIN)/python -m mlplatform_ops
 
 ##@ Start here
@@ -23,7 +23,7 @@ run: $(READY) ## Start the platform, run every notebook, render them, say where 
 run-all: $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift ## The same with notebooks 8 to 10, which need packages of their own
 	@$(CLI) run --every --platform $(PLATFORM) $(CLUSTER)
 
-test: $(READY) ## Pass every test, on a platform of its own
+test: $(READY) ## Pass every test, on a platform of its own (DURATIONS=25 lists the slowest)
 	@$(PYTEST)
 
 ##@ The platform on this machine

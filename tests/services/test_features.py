@@ -268,7 +268,13 @@ def test_a_folder_without_a_store_is_refused(tmp_path: Path):
 # Servers that are down, and two writers
 
 
-def test_a_redis_that_is_down_is_named(store, scratch: Scratch, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """redis-py tries again as often as ever, and does not sleep in between."""
+    monkeypatch.setattr("redis.retry.sleep", lambda _: None)
+
+
+def test_a_redis_that_is_down_is_named(store, scratch: Scratch, no_waiting: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("REDIS_CONNECTION_STRING", f"127.0.0.1:{closed_port()},password=x")
     for act in (
         lambda: features.materialise(features.open_store(scratch.repo), JANUARY, MAY),
@@ -278,7 +284,9 @@ def test_a_redis_that_is_down_is_named(store, scratch: Scratch, monkeypatch: pyt
             act()
 
 
-def test_a_redis_that_refuses_the_password_is_named(store, scratch: Scratch, monkeypatch: pytest.MonkeyPatch):
+def test_a_redis_that_refuses_the_password_is_named(
+    store, scratch: Scratch, no_waiting: None, monkeypatch: pytest.MonkeyPatch
+):
     address = os.environ["REDIS_CONNECTION_STRING"].split(",")[0]
     monkeypatch.setenv("REDIS_CONNECTION_STRING", f"{address},password=wrong")
     with pytest.raises(CredentialsError, match="refuses the credentials; check REDIS_CONNECTION_STRING"):
@@ -319,12 +327,13 @@ def test_of_two_applies_at_once_the_slower_is_turned_away(store, scratch: Scratc
 
 def test_feasts_own_commands_work_in_the_repository(scratch: Scratch, platform: Settings):
     scratch.write((ANN, JANUARY, "old"), (ANN, MARCH, "new"))
-    feast = str(Path(sys.executable).parent / "feast")
-    for arguments in (["apply"], ["materialize", "2023-01-01T00:00:00", "2023-06-01T00:00:00"]):
-        done = subprocess.run([feast, *arguments], cwd=scratch.repo, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    listed = subprocess.run(
-        [feast, "feature-views", "list"], cwd=scratch.repo, capture_output=True, text=True, check=True
-    )
+    # One process, since each costs an import of Feast.
+    code = """
+from feast.cli.cli import cli
+for command in ("apply", "materialize 2023-01-01T00:00:00 2023-06-01T00:00:00", "feature-views list"):
+    cli(command.split(), standalone_mode=False)
+"""
+    listed = subprocess.run([sys.executable, "-c", code], cwd=scratch.repo, capture_output=True, text=True, check=False)
+    assert listed.returncode == 0, listed.stderr
     assert all(view in listed.stdout for view in VIEWS)
     assert sex(features.open_store(scratch.repo), ANN) == ["new"]

@@ -117,7 +117,7 @@ users = st.sampled_from(["ann", "bob", "cy", 'O\'Hara "x"'])
 versions_strategy = st.lists(
     st.tuples(users, st.integers(0, 100 * DAY_US), st.sampled_from(["cook", "smith", "a'b", "", None])),
     min_size=1,
-    max_size=12,
+    max_size=30,
     unique_by=lambda row: row[:2],
 )
 
@@ -132,7 +132,7 @@ def questions(draw: st.DrawFn) -> tuple[pd.DataFrame, pd.DataFrame]:
         st.sampled_from([0, -1, 1, TTL_US, TTL_US - 1, TTL_US + 1]),
     )
     anywhere = st.tuples(st.one_of(users, st.just("nobody")), st.integers(-DAY_US, 150 * DAY_US))
-    asked = draw(st.lists(st.one_of(near, anywhere), min_size=1, max_size=25))
+    asked = draw(st.lists(st.one_of(near, anywhere), min_size=1, max_size=60))
     asked += draw(st.lists(st.sampled_from(asked), max_size=3))
     moments = START + pd.to_timedelta([offset for _, offset in asked], unit="us")
     zone = draw(st.sampled_from(["naive", "UTC", "Asia/Kolkata", "America/St_Johns"]))
@@ -149,7 +149,7 @@ def questions(draw: st.DrawFn) -> tuple[pd.DataFrame, pd.DataFrame]:
     return make_versions(rows), entity_df
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=questions())
 def test_every_row_asked_gets_what_another_as_of_join_gives(repo: Repo, drawn):
     versions, entity_df = drawn
