@@ -23,7 +23,8 @@ from feast.repo_operations import apply_total
 
 from mlplatform import history, objectstore
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, RegistryError, ServiceDownError
-from mlplatform.feast_plugins.compute_engine import PipelinedComputeEngine, Written
+from mlplatform.feast_plugins.compute_engine import MaterialisedView, PipelinedComputeEngine
+from mlplatform.feast_plugins.registry_store import LostRaceError, applying
 from mlplatform.feature_client import _NEXT, SERVICE, checked_users, online_frame
 from mlplatform.history import USER_ID, WINDOW_END, WINDOW_START
 from mlplatform.income import read_income
@@ -89,13 +90,13 @@ def apply(repo: Path | None = None, *, notify: Notify = lambda _: None) -> Featu
         notify: Called with each line that Feast prints.
 
     Raises:
-        RegistryError: Another command changed the registry meanwhile; nothing was written.
+        RegistryError: Another command kept changing the same definitions meanwhile; nothing was written.
         ServiceDownError: The object store or the online store does not answer.
     """
     folder = _folder(repo)
     config = load_repo_config(folder, folder / "feature_store.yaml")
-    with _importing_from(folder), _store_errors(config.online_store.connection_string), _captured(notify):
-        apply_total(config, folder, skip_source_validation=True)
+    with _importing_from(folder), _store_errors(config.online_store.connection_string), _captured(notify), applying():
+        _retry_lost_races(lambda: apply_total(config, folder, skip_source_validation=True))
     return FeatureStore(repo_path=str(folder))
 
 
@@ -105,7 +106,7 @@ def materialise(
     end: datetime = MATERIALISE_END,
     *,
     notify: Notify = lambda _: None,
-) -> list[Written]:
+) -> list[MaterialisedView]:
     """Call `FeatureStore.materialize` view by view; adds what each view wrote, and errors where Feast succeeds in vain.
 
     The latest value of each user in the time range goes to the online store. It replaces an earlier value and never a
@@ -131,7 +132,7 @@ def materialise(
     if not views:
         raise RegistryError(f"no feature view is registered; {_NEXT}")
     engine: PipelinedComputeEngine = store._get_provider().batch_engine  # type: ignore[attr-defined]
-    done: list[Written] = []
+    done: list[MaterialisedView] = []
     engine.listener = done.append
     try:
         for view in views:
@@ -146,7 +147,7 @@ def materialise(
     return done
 
 
-def build(data_path: Path | None = None, repo: Path | None = None, *, notify: Notify = print) -> list[Written]:
+def build(data_path: Path | None = None, repo: Path | None = None, *, notify: Notify = print) -> list[MaterialisedView]:
     """Do all steps from the income file to features online; doing them twice changes nothing.
 
     Args:
@@ -236,6 +237,14 @@ def _resolve(store: FeatureStore, features: str | Sequence[str]) -> FeatureServi
     return list(features)
 
 
+def _retry_lost_races(act: Callable[[], None], *, attempts: int = 3) -> None:
+    """Do again, on the registry as it is now, what another command's change of the same object prevented."""
+    for _ in range(attempts - 1):
+        with contextlib.suppress(LostRaceError):
+            return act()
+    return act()
+
+
 @contextlib.contextmanager
 def _store_errors(online_store: str, store: FeatureStore | None = None) -> Iterator[None]:
     """Turn the errors of Feast and Redis into ours; those that mean nothing here pass unchanged."""
@@ -299,7 +308,7 @@ def _utc(moment: datetime) -> pd.Timestamp:
     return stamp.tz_localize("UTC") if stamp.tzinfo is None else stamp.tz_convert("UTC")
 
 
-def _figures(done: Sequence[Written]) -> str:
+def _figures(done: Sequence[MaterialisedView]) -> str:
     rows, changed = sum(entry.rows for entry in done), sum(entry.changed for entry in done)
     seconds = sum(entry.seconds for entry in done)
     return f"{rows:,} rows, {changed:,} new or newer, {seconds:.1f} s, {rows / seconds:,.0f} rows/s"

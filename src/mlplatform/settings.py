@@ -63,6 +63,7 @@ class Settings:
         redis: The online store in Feast's form, `host:port,password=...`.
         feature_server: The Feast feature server, as `http://host:port`.
         feature_server_token: What a request to it carries as `Authorization: Bearer <token>`.
+        feature_registry_key: What the feature registry's digest is made with.
     """
 
     tracking_uri: str = _variable("MLFLOW_TRACKING_URI")
@@ -75,6 +76,7 @@ class Settings:
     redis: str = _variable("REDIS_CONNECTION_STRING", secret=True)
     feature_server: str = _variable("FEATURE_SERVER_URL")
     feature_server_token: str = _variable("FEATURE_SERVER_TOKEN", secret=True)
+    feature_registry_key: str = _variable("FEATURE_REGISTRY_KEY", secret=True)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:

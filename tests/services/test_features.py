@@ -20,7 +20,7 @@ import redis
 from mlplatform import feature_client, features, history, objectstore
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, RegistryError, ServiceDownError
 from mlplatform.history import USER_ID, VIEWS
-from mlplatform.settings import Settings
+from mlplatform.settings import Settings, find_settings
 
 ROOT = Path(__file__).parents[2]
 ANN, BOB = "ann", "bob"
@@ -197,20 +197,26 @@ def test_a_range_without_values_is_refused(store):
 def test_a_feature_file_without_a_column_is_not_materialised(store, scratch: Scratch):
     frame = pd.DataFrame({USER_ID: [ANN], "event_timestamp": [MAY.as_unit("us")], "Sex": ["x"], "Race": ["y"]})
     uri = scratch.put("demographic", frame)
-    with pytest.raises(DataError, match=f"{uri} has no column Native_country; it has .*; run 'make features'"):
+    with pytest.raises(
+        DataError, match=rf"{uri} \(source demographic_source\) has no column Native_country; it has .*"
+    ):
         features.materialise(store, JANUARY, MAY)
 
 
 def test_a_feature_file_with_another_type_is_not_materialised(store, scratch: Scratch):
     names = {name: [1] for name in VIEWS["demographic"]}
     scratch.put("demographic", pd.DataFrame({USER_ID: [ANN], "event_timestamp": [MAY.as_unit("us")], **names}))
-    with pytest.raises(DataError, match="demographic:Sex is int64, and its view says STRING; run 'make features'"):
+    with pytest.raises(
+        DataError, match="demographic:Sex in s3://.* is int64, and its view says STRING; write the file"
+    ):
         features.materialise(store, JANUARY, MAY)
 
 
 def test_a_feature_file_that_is_missing_is_named(platform: Settings, scratch: Scratch):
     store = features.apply(scratch.repo)
-    with pytest.raises(MissingObjectError, match=r"demographic\.parquet is not there; run 'make features'"):
+    with pytest.raises(
+        MissingObjectError, match=r"demographic\.parquet \(source demographic_source\) is not there; write it"
+    ):
         features.point_in_time(store, pd.DataFrame({USER_ID: [ANN], "event_timestamp": [MAY]}))
 
 
@@ -306,23 +312,69 @@ def test_an_object_store_that_refuses_the_keys_is_named(store, monkeypatch: pyte
         features.point_in_time(store, ASKED)
 
 
-def test_of_two_applies_at_once_the_slower_is_turned_away(store, scratch: Scratch):
-    slower = features.open_store(scratch.repo)
-    registry = slower.registry._registry_store
+def meanwhile(store, act) -> None:
+    """Let something happen between the moment a store reads the registry and the one it writes."""
+    registry = store.registry._registry_store
     write = registry.update_registry_proto
 
     def be_slow(proto) -> None:
-        features.materialise(store, JANUARY, MAY)
+        registry.update_registry_proto = write
+        act()
         write(proto)
 
     registry.update_registry_proto = be_slow
+
+
+def test_what_another_command_changed_meanwhile_is_kept(store, scratch: Scratch):
+    slower = features.open_store(scratch.repo)
+    meanwhile(slower, lambda: features.materialise(store, JANUARY, MAY))
     view = slower.get_feature_view("demographic")
     view.tags = {**view.tags, "used_by": "somebody"}
-    with pytest.raises(RegistryError, match=r"was changed by another command meanwhile; nothing was written"):
-        slower.apply(view)
+    slower.apply(view)
     fresh = features.open_store(scratch.repo).get_feature_view("demographic")
     assert fresh.materialization_intervals, "the quicker one's work was undone"
-    assert fresh.tags["used_by"] != "somebody"
+    assert fresh.tags["used_by"] == "somebody"
+
+
+def test_of_two_commands_that_change_one_definition_the_slower_is_turned_away(store, scratch: Scratch):
+    def tag(feature_store, name: str) -> None:
+        view = feature_store.get_feature_view("demographic")
+        view.tags = {**view.tags, "used_by": name}
+        feature_store.apply(view)
+
+    slower = features.open_store(scratch.repo)
+    meanwhile(slower, lambda: tag(store, "quicker"))
+    with pytest.raises(
+        RegistryError, match=r"demographic in s3://.* was changed by another command meanwhile; nothing"
+    ):
+        tag(slower, "slower")
+    assert features.open_store(scratch.repo).get_feature_view("demographic").tags["used_by"] == "quicker"
+
+
+def test_an_apply_that_loses_the_race_deletes_nothing_online(store, scratch: Scratch):
+    features.materialise(store, JANUARY, MAY)
+    slower = features.open_store(scratch.repo)
+    view = slower.get_feature_view("demographic")
+    other = store.get_feature_view("demographic")
+    other.tags = {**other.tags, "used_by": "somebody"}
+    meanwhile(slower, lambda: store.apply(other))
+    with pytest.raises(RegistryError, match="nothing was written, in the registry or online"):
+        slower.apply([], objects_to_delete=[view], partial=False)
+    assert sex(features.open_store(scratch.repo), ANN) == ["new"]
+    again = features.open_store(scratch.repo)
+    again.apply([], objects_to_delete=[again.get_feature_view("demographic")], partial=False)
+    assert "demographic" not in written_views(features.open_store(scratch.repo))
+    assert not any(b"_ts:demographic" in row for row in scratch.stored(find_settings()).values())
+
+
+def test_a_cache_that_expires_while_applying_loses_nothing(store, scratch: Scratch):
+    slow = features.open_store(scratch.repo)
+    view = slow.get_feature_view("demographic")
+    view.tags = {**view.tags, "used_by": "somebody"}
+    slow.registry.cached_registry_proto_ttl = pd.Timedelta(1, "us").to_pytimedelta()
+    slow.registry.apply_feature_view(view, slow.project, commit=False)
+    slow.registry.apply_entity(slow.get_entity("user"), slow.project, commit=True)
+    assert features.open_store(scratch.repo).get_feature_view("demographic").tags["used_by"] == "somebody"
 
 
 def test_feasts_own_commands_work_in_the_repository(scratch: Scratch, platform: Settings):

@@ -15,12 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
+from feast.errors import SavedDatasetLocationAlreadyExists
 from feast.types import Int64, String
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlplatform.errors import DataError, MissingObjectError
 from mlplatform.feast_plugins import duckdb_s3, point_in_time
+from mlplatform.feast_plugins.parquet_source import ParquetFile
 
 TTL = timedelta(days=30)
 START = pd.Timestamp("2023-01-01", tz="UTC")
@@ -238,7 +240,7 @@ def test_of_two_rows_at_one_moment_the_later_written_counts(tmp_path):
     pd.DataFrame({"user_id": "ann", "at": at, "job": ["a", "b", "c"], "written": written}).to_parquet(path)
     lookup = point_in_time.Lookup(
         view="twice",
-        uri=str(path),
+        file=ParquetFile("twice", str(path)),
         keys={"user_id": "user_id"},
         features={"job": "job"},
         types={},
@@ -266,7 +268,7 @@ def test_a_result_is_saved_once_and_replaced_only_when_allowed(two_versions, tmp
     storage = SavedDatasetFileStorage(path=str(tmp_path / "saved.parquet"))
     job.persist(storage)
     assert pd.read_parquet(tmp_path / "saved.parquet")["job"].tolist() == ["cook"]
-    with pytest.raises(DataError, match="exists; choose another name"):
+    with pytest.raises(SavedDatasetLocationAlreadyExists):
         job.persist(storage)
     job.persist(storage, allow_overwrite=True)
 
@@ -302,40 +304,47 @@ def test_an_entity_frame_with_a_column_named_like_a_feature_is_refused(two_versi
 
 
 def test_a_query_instead_of_an_entity_frame_is_refused(two_versions):
-    with pytest.raises(DataError, match="history needs an entity frame"):
+    with pytest.raises(DataError, match="history needs a data frame with user_id, event_timestamp"):
         two_versions.store.get_historical_features("SELECT 1", FEATURES).to_df()
 
 
 def test_a_feature_file_without_a_column_is_named_with_what_it_has(two_versions):
     frame = pd.read_parquet(two_versions.path("long"))
     frame.rename(columns={"town": "city"}).to_parquet(two_versions.path("long"))
-    with pytest.raises(DataError, match=r"long\.parquet has no column town; it has user_id, at, city, rooms; run"):
+    with pytest.raises(
+        DataError,
+        match=r"long\.parquet \(source long\) has no column town; it has user_id, at, city, rooms; write the file",
+    ):
         two_versions.ask(pd.DataFrame({"user_id": ["ann"], "event_timestamp": [START]}))
 
 
 def test_a_feature_file_with_another_type_is_refused(two_versions):
     frame = pd.read_parquet(two_versions.path("short"))
     frame.assign(job=1).to_parquet(two_versions.path("short"))
-    with pytest.raises(DataError, match=r"job in .*short\.parquet is BIGINT, and its view says STRING; run"):
+    with pytest.raises(
+        DataError, match=r"short:job in .*short\.parquet \(source short\) is int64, and its view says STRING; write"
+    ):
         two_versions.ask(pd.DataFrame({"user_id": ["ann"], "event_timestamp": [START]}))
 
 
 def test_a_feature_file_with_times_as_text_is_refused(two_versions):
     frame = pd.read_parquet(two_versions.path("short"))
     frame.assign(at="2023-01-01").to_parquet(two_versions.path("short"))
-    with pytest.raises(DataError, match=r"at in .*short\.parquet is VARCHAR and no time; run 'make features'"):
+    with pytest.raises(
+        DataError, match=r"at in .*short\.parquet \(source short\) is VARCHAR and no time; write timestamps"
+    ):
         two_versions.ask(pd.DataFrame({"user_id": ["ann"], "event_timestamp": [START]}))
 
 
 def test_a_feature_file_that_is_missing_is_named(two_versions):
     two_versions.path("short").unlink()
-    with pytest.raises(MissingObjectError, match=r"short\.parquet is not there; run 'make features'"):
+    with pytest.raises(MissingObjectError, match=r"short\.parquet \(source short\) is not there; write it"):
         two_versions.ask(pd.DataFrame({"user_id": ["ann"], "event_timestamp": [START]}))
 
 
 def test_a_feature_file_that_is_no_parquet_is_refused(two_versions):
     two_versions.path("short").write_bytes(b"user_id,at,job\n")
-    with pytest.raises(DataError, match=r"short\.parquet cannot be read .* run 'make features'"):
+    with pytest.raises(DataError, match=r"short\.parquet \(source short\) cannot be read .* write it"):
         two_versions.ask(pd.DataFrame({"user_id": ["ann"], "event_timestamp": [START]}))
 
 

@@ -21,6 +21,7 @@ COMPLETE = {
     "REDIS_CONNECTION_STRING": "127.0.0.1:1,password=hush-3",
     "FEATURE_SERVER_URL": "http://127.0.0.1:1",
     "FEATURE_SERVER_TOKEN": "hush-4",
+    "FEATURE_REGISTRY_KEY": "hush-5",
 }
 
 

@@ -14,7 +14,7 @@ import duckdb
 
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, ServiceDownError
 
-_NEXT = "run 'make features'"
+_NEXT = "write it, or check the source's path"
 
 
 @contextmanager
@@ -37,6 +37,7 @@ def _database(secret: str) -> duckdb.DuckDBPyConnection:
     duck.execute(f"LOAD {quote_text(_httpfs())}")
     # Files are replaced under their names, so nothing read earlier may be reused.
     duck.execute("SET enable_external_file_cache = false")
+    duck.execute("SET TimeZone = 'UTC'")
     duck.execute(secret)
     return duck
 

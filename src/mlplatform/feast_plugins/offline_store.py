@@ -2,13 +2,17 @@
 
 Feast's own DuckDB store cannot reach an S3-compatible endpoint, its file store drops rows. This one answers each row
 asked for with exactly one row, in the order asked, and leaves a feature null where the value did not exist yet, is
-past its ttl, or the user is unknown. `feature_store.yaml` names the class, so that all of Feast's API goes through it.
+past its ttl, or the key is unknown. `feature_store.yaml` names the class, so that all of Feast's API goes through it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from datetime import datetime
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,9 +20,11 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 from feast.data_source import DataSource
-from feast.feature_view import FeatureView
+from feast.errors import SavedDatasetLocationAlreadyExists
+from feast.feature_logging import LoggingConfig, LoggingSource
+from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL, FeatureView
 from feast.infra.offline_stores.duckdb import DuckDBOfflineStore, DuckDBOfflineStoreConfig
-from feast.infra.offline_stores.file_source import FileSource, SavedDatasetFileStorage
+from feast.infra.offline_stores.file_source import FileLoggingDestination, FileSource, SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMetadata
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.on_demand_feature_view import OnDemandFeatureView
@@ -27,10 +33,25 @@ from feast.saved_dataset import SavedDatasetStorage
 from pydantic import StrictStr
 
 from mlplatform.errors import DataError
-from mlplatform.feast_plugins.duckdb_s3 import connection, duckdb_errors, microseconds, quote_name, quote_text
-from mlplatform.feast_plugins.point_in_time import Lookup, check_file, file_uri, point_in_time
+from mlplatform.feast_plugins.duckdb_s3 import connection, duckdb_errors, microseconds, quote_name
+from mlplatform.feast_plugins.parquet_source import ParquetFile, _in_utc, check_endpoint, filesystem, quoted
+from mlplatform.feast_plugins.point_in_time import Lookup, point_in_time, tie_breakers
 
 EVENT_TIMESTAMP = "event_timestamp"
+# How far back a range without a start reaches where no view has a ttl; Feast's own choice.
+DEFAULT_RANGE = timedelta(days=30)
+
+
+def _reach_endpoint(path: str, s3_endpoint_override: str, *_: Any, **__: Any) -> tuple[Any, str]:
+    if not path.startswith("s3://"):
+        return None, path
+    check_endpoint(s3_endpoint_override, path)
+    return filesystem(path)
+
+
+# Inferring a schema asks the source itself and not the store, and Arrow ignores AWS_ENDPOINT_URL: Feast 0.67 offers no
+# other place to name the platform's object store than here, where importing the store lets it be known.
+FileSource.create_filesystem_and_path = staticmethod(_reach_endpoint)  # type: ignore[method-assign]
 
 
 class S3DuckDBOfflineStoreConfig(DuckDBOfflineStoreConfig):
@@ -42,8 +63,7 @@ class S3DuckDBOfflineStoreConfig(DuckDBOfflineStoreConfig):
 class S3DuckDBOfflineStore(DuckDBOfflineStore):
     """Point-in-time joins with DuckDB over parquet files that `FileSource` names as `s3://bucket/key` or as a path."""
 
-    # What is visible is decided by the event time alone.
-    supports_filter_by_created_timestamp = False
+    supports_filter_by_created_timestamp = True
 
     @staticmethod
     def get_historical_features(
@@ -57,7 +77,7 @@ class S3DuckDBOfflineStore(DuckDBOfflineStore):
         filter_by_created_timestamp: bool = False,
         **options: Any,
     ) -> RetrievalJob:
-        """Answer each row of an entity frame with the values its user had at that moment.
+        """Answer each row of an entity frame with the values its key had at that moment.
 
         A value belongs to the row when its event time is not after the row's, and is older by no more than the
         view's ttl: a value of exactly that age still counts, as everywhere in Feast. Times are compared in whole
@@ -68,12 +88,13 @@ class S3DuckDBOfflineStore(DuckDBOfflineStore):
             feature_views: The views asked for.
             feature_refs: `view:feature` for each feature asked for.
             entity_df: Join keys, a time column (`event_timestamp`, or the only one), and whatever else the caller
-                wants back beside the features. Naive times are UTC.
+                wants back beside the features. Naive times are UTC. With `None`, the rows are every key and event
+                time that the views have between the options `start_date` and `end_date`.
             registry: Feast's registry.
             project: Feast's project.
             full_feature_names: Whether to name features `view__feature`.
-            filter_by_created_timestamp: Not supported; Feast asks first.
-            options: What Feast passes to stores that take a time range instead of entities.
+            filter_by_created_timestamp: Whether a value counts only if it was written before the row's moment.
+            options: `start_date` and `end_date`.
 
         Returns:
             A job whose result has the entity frame's rows and columns, in its order, times in UTC, and the features.
@@ -81,16 +102,18 @@ class S3DuckDBOfflineStore(DuckDBOfflineStore):
         Raises:
             DataError: The entity frame is none, lacks a key or a time, or has a feature's name as a column.
         """
-        if options or not isinstance(entity_df, pd.DataFrame):
-            raise DataError(
-                "history needs an entity frame with user_id and event_timestamp; SQL and ranges are not taken"
-            )
         views = [Lookup.of(view, feature_refs, full_feature_names, config) for view in feature_views]
+        if entity_df is None:
+            entity_df = _range_frame(views, options.get("start_date"), options.get("end_date"))
+        if not isinstance(entity_df, pd.DataFrame):
+            keys = dict.fromkeys(column for view in views for column in view.keys.values())
+            columns = ", ".join([*keys, EVENT_TIMESTAMP])
+            raise DataError(f"history needs a data frame with {columns}; this store takes no query in its place")
         time_column = find_time_column(entity_df)
         entities = _entity_table(entity_df, time_column, views)
-        times = entity_df[time_column]
-        return _Job(
-            lambda: point_in_time(entities, time_column, views),
+        times = pd.to_datetime(entity_df[time_column], utc=True)
+        return ArrowJob(
+            lambda: point_in_time(entities, time_column, views, created_before=filter_by_created_timestamp),
             full_feature_names=full_feature_names,
             on_demand_feature_views=OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry),
             metadata=RetrievalMetadata(
@@ -117,17 +140,17 @@ class S3DuckDBOfflineStore(DuckDBOfflineStore):
         Returns:
             A job whose result has the join keys, the features and the time columns, one row per key, in no order.
         """
-        latest = ", ".join(
-            f"{quote_name(column)} DESC" for column in (timestamp_field, created_timestamp_column) if column is not None
-        )
-        keys = ", ".join(map(quote_name, join_key_columns))
+        ties = tie_breakers(created_timestamp_column or None, feature_name_columns)
+        latest = ", ".join(f"{quote_name(column)} DESC NULLS LAST" for column in [timestamp_field, *ties])
+        partition = f"PARTITION BY {quoted(join_key_columns)}" if join_key_columns else ""
         return _pull(
-            file_uri(data_source, config),
+            ParquetFile.of(data_source, config),
             [*join_key_columns, *feature_name_columns],
             timestamp_field,
             created_timestamp_column,
             (start_date, end_date),
-            f"QUALIFY row_number() OVER (PARTITION BY {keys} ORDER BY {latest}) = 1",
+            f"QUALIFY row_number() OVER ({partition} ORDER BY {latest}) = 1",
+            entity_less=not join_key_columns,
         )
 
     @staticmethod
@@ -147,12 +170,97 @@ class S3DuckDBOfflineStore(DuckDBOfflineStore):
             A job whose result has the join keys, the features and the time columns, in no order.
         """
         return _pull(
-            file_uri(data_source, config),
+            ParquetFile.of(data_source, config),
             [*join_key_columns, *feature_name_columns],
             timestamp_field,
             created_timestamp_column,
             (start_date, end_date),
         )
+
+    @staticmethod
+    def offline_write_batch(
+        config: RepoConfig, feature_view: FeatureView, table: pa.Table, progress: Callable[[int], Any] | None
+    ) -> None:
+        """Add rows to a view's file; this rewrites the file, so one writer at a time.
+
+        Raises:
+            DataError: The rows have other columns than the file, or types that would change a value.
+        """
+        assert feature_view.batch_source is not None  # noqa: S101
+        file = ParquetFile.of(feature_view.batch_source, config)
+        files, path = filesystem(file.uri)
+        target = f"{path.rstrip('/')}/{uuid.uuid4().hex}.parquet"
+        if files.get_file_info(path).is_file:
+            with files.open_input_file(path) as opened:
+                stored = pq.read_table(opened)
+            if set(stored.column_names) != set(table.column_names):
+                raise DataError(
+                    f"{file.described} has the columns {', '.join(stored.column_names)}, and the rows have "
+                    f"{', '.join(table.column_names)}; give the same columns"
+                )
+            try:
+                added = table.select(stored.column_names).cast(stored.schema)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise DataError(f"the rows do not fit {file.described}: {error}; give the file's types") from error
+            table, target = pa.concat_tables([stored, added]), path
+        elif Path(path).suffix:
+            target = path
+        _write(files, target, table)
+        if progress:
+            progress(len(table))
+
+    @staticmethod
+    def write_logged_features(
+        config: RepoConfig,
+        data: pa.Table | Path,
+        source: LoggingSource,
+        logging_config: LoggingConfig,
+        registry: BaseRegistry,
+    ) -> None:
+        """Add a file of logged features to the destination's folder."""
+        destination = logging_config.destination
+        assert isinstance(destination, FileLoggingDestination)  # noqa: S101
+        check_endpoint(destination.s3_endpoint_override, f"logging destination {destination.path}")
+        table = data if isinstance(data, pa.Table) else pq.read_table(data)
+        files, path = filesystem(destination.path)
+        pq.write_to_dataset(
+            table,
+            path,
+            filesystem=files,
+            partition_cols=destination.partition_by,
+            basename_template=f"{uuid.uuid4().hex}-{{i}}.parquet",
+            existing_data_behavior="overwrite_or_ignore",
+        )
+
+    def validate_data_source(self, config: RepoConfig, data_source: DataSource) -> None:
+        """Make sure that a source can be read and has its event time.
+
+        Raises:
+            DataError: It has no event time, or is no parquet.
+            MissingObjectError: It is not there.
+        """
+        file = ParquetFile.of(data_source, config)
+        with connection() as duck:
+            file.describe(duck, [data_source.timestamp_field], data_source.timestamp_field)
+
+    def get_table_column_names_and_types_from_data_source(
+        self, config: RepoConfig, data_source: DataSource
+    ) -> Iterable[tuple[str, str]]:
+        """Give the columns of a source with Arrow's name of each type; Feast infers its schema from them."""
+        columns: Iterable[tuple[str, str]] = data_source.get_table_column_names_and_types(config)
+        return columns
+
+    @staticmethod
+    def compute_monitoring_metrics(config: RepoConfig, data_source: DataSource, *args: Any, **options: Any) -> Any:
+        """Compute Feast's figures of a source, from a local copy of it."""
+        with _local_copy(config, data_source) as copy:
+            return DuckDBOfflineStore.compute_monitoring_metrics(config, copy, *args, **options)
+
+    @staticmethod
+    def get_monitoring_max_timestamp(config: RepoConfig, data_source: DataSource, timestamp_field: str) -> Any:
+        """Find the last event time of a source, from a local copy of it."""
+        with _local_copy(config, data_source) as copy:
+            return DuckDBOfflineStore.get_monitoring_max_timestamp(config, copy, timestamp_field)
 
 
 def find_time_column(entity_df: pd.DataFrame) -> str:
@@ -191,33 +299,79 @@ def _entity_table(entity_df: pd.DataFrame, time_column: str, views: Sequence[Loo
     return pa.Table.from_pandas(entity_df.assign(**{time_column: moments}), preserve_index=False)
 
 
+def _range_frame(views: Sequence[Lookup], start: datetime | None, end: datetime | None) -> pd.DataFrame:
+    """Make the entity frame of a time range: each key and event time that a view has in it, in their order."""
+    end = end or datetime.now(UTC)
+    start = start or end - max((view.ttl for view in views if view.ttl), default=DEFAULT_RANGE)
+    keys = list(dict.fromkeys(column for view in views for column in view.keys.values()))
+    with connection() as duck:
+        for view in views:
+            view.file.describe(duck, view.columns, view.timestamp_field)
+        spines = " UNION BY NAME ".join(view.spine(start, end) for view in views)
+        order = quoted([*keys, EVENT_TIMESTAMP])
+        rows = duck.sql(f"SELECT DISTINCT {order} FROM ({spines}) ORDER BY {order}").to_arrow_table()  # noqa: S608
+    frame: pd.DataFrame = rows.to_pandas(types_mapper=_NULLABLE.get)
+    return frame
+
+
+# Keys of views that lack each other's are null; as floats they would compare as others than those of the files.
+_NULLABLE = {pa.int64(): pd.Int64Dtype(), pa.int32(): pd.Int32Dtype()}
+
+
 def _pull(
-    uri: str,
+    file: ParquetFile,
     columns: Sequence[str],
     timestamp_field: str,
     created_column: str | None,
     limits: tuple[datetime | None, datetime | None],
     suffix: str = "",
+    *,
+    entity_less: bool = False,
 ) -> RetrievalJob:
-    wanted = [*columns, timestamp_field, *([created_column] if created_column else [])]
+    wanted = list(dict.fromkeys([*columns, timestamp_field, *([created_column] if created_column else [])]))
     moment = f"epoch_us({quote_name(timestamp_field)})"
     bounds = [
         f"{moment} {sign} {microseconds(limit)}" for sign, limit in zip((">=", "<="), limits, strict=True) if limit
     ]
-    query = (
-        f"SELECT {', '.join(map(quote_name, wanted))} FROM read_parquet({quote_text(uri)}) "  # noqa: S608 - names are quoted
-        f"WHERE {' AND '.join(bounds) or 'true'} {suffix}"
-    )
+    # Feast stores a view without entities under one key of its own.
+    selected = quoted(wanted) + (f", '{DUMMY_ENTITY_VAL}' AS {DUMMY_ENTITY_ID}" if entity_less else "")
+    query = f"SELECT {selected} FROM {file.scan()} WHERE {' AND '.join(bounds) or 'true'} {suffix}"  # noqa: S608
 
     def run() -> pa.Table:
-        with connection() as duck, duckdb_errors(uri):
-            check_file(duck, uri, wanted, timestamp_field, {})
-            return duck.sql(query).to_arrow_table()
+        with connection() as duck, duckdb_errors(file.described):
+            file.describe(duck, wanted, timestamp_field)
+            table = duck.sql(query).to_arrow_table()
+        return pa.table([_in_utc(column) for column in table.columns], names=table.column_names)
 
-    return _Job(run)
+    return ArrowJob(run)
 
 
-class _Job(RetrievalJob):
+@contextmanager
+def _local_copy(config: RepoConfig, source: DataSource) -> Iterator[FileSource]:
+    file = ParquetFile.of(source, config)
+    with tempfile.TemporaryDirectory() as folder, connection() as duck, duckdb_errors(file.described):
+        path = str(Path(folder) / "copy.parquet")
+        duck.sql(f"SELECT * FROM {file.scan()}").write_parquet(path)  # noqa: S608
+        yield FileSource(
+            name=source.name,
+            path=path,
+            timestamp_field=source.timestamp_field,
+            created_timestamp_column=source.created_timestamp_column,
+            field_mapping=dict(source.field_mapping),
+        )
+
+
+def _write(files: pa.fs.FileSystem, path: str, table: pa.Table) -> None:
+    if isinstance(files, pa.fs.LocalFileSystem):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        # Replaced at once, so that nobody reads half a file.
+        pq.write_table(table, f"{path}.new")
+        Path(f"{path}.new").replace(path)
+    else:
+        pq.write_table(table, path, filesystem=files)
+
+
+class ArrowJob(RetrievalJob):
     """A query that runs when its result is asked for."""
 
     def __init__(
@@ -235,15 +389,15 @@ class _Job(RetrievalJob):
         self._metadata = metadata
 
     @property
-    def full_feature_names(self) -> bool:
+    def full_feature_names(self) -> bool:  # noqa: D102 - Feast's interface
         return self._full_feature_names
 
     @property
-    def on_demand_feature_views(self) -> list[OnDemandFeatureView]:
+    def on_demand_feature_views(self) -> list[OnDemandFeatureView]:  # noqa: D102 - Feast's interface
         return self._on_demand_feature_views
 
     @property
-    def metadata(self) -> RetrievalMetadata | None:
+    def metadata(self) -> RetrievalMetadata | None:  # noqa: D102 - Feast's interface
         return self._metadata
 
     def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
@@ -254,14 +408,16 @@ class _Job(RetrievalJob):
         return frame
 
     def persist(self, storage: SavedDatasetStorage, allow_overwrite: bool = False, timeout: int | None = None) -> None:
-        """Write the result as one parquet file; Feast's saved data sets use this.
+        """Write the result as parquet; Feast's saved data sets use this.
 
         Raises:
-            DataError: The file exists and may not be replaced.
+            SavedDatasetLocationAlreadyExists: The file exists and may not be replaced.
         """
         assert isinstance(storage, SavedDatasetFileStorage)  # noqa: S101
-        files, path = FileSource.create_filesystem_and_path(storage.file_options.uri, "")
-        files = files or pa.fs.LocalFileSystem()
+        uri = storage.file_options.uri
+        check_endpoint(storage.file_options.s3_endpoint_override, f"saved data set {uri}")
+        files, path = filesystem(uri)
         if not allow_overwrite and files.get_file_info(path).type != pa.fs.FileType.NotFound:
-            raise DataError(f"{storage.file_options.uri} exists; choose another name, or pass allow_overwrite=True")
-        pq.write_table(self.to_arrow(), path, filesystem=files)
+            raise SavedDatasetLocationAlreadyExists(location=uri)
+        target = path if Path(path).suffix else f"{path.rstrip('/')}/part-0.parquet"
+        _write(files, target, self.to_arrow())

@@ -31,6 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 # Values that stay: nobody outside their component holds them.
 INNER = (
+    "FEATURE_REGISTRY_KEY",
     "MLFLOW_FLASK_SERVER_SECRET_KEY",
     "POSTGRES_PASSWORD",
     "REDIS_OPERATOR_PASSWORD",
@@ -165,6 +166,7 @@ def derived_files(values: Mapping[str, str], *, postgres: bool, seaweedfs: bool)
                 "MLFLOW_TRACKING_PASSWORD": values["MLFLOW_ADMIN_PASSWORD"],
                 "REDIS_CONNECTION_STRING": f"redis:6379,password={values['REDIS_PASSWORD']}",
                 "FEATURE_SERVER_TOKEN": values["FEATURE_SERVER_TOKEN"],
+                "FEATURE_REGISTRY_KEY": values["FEATURE_REGISTRY_KEY"],
             }
         ),
     }

@@ -1,0 +1,200 @@
+"""Feast's Redis store, with writes that the server decides and values that end with their ttl.
+
+Feast reads the stored event times and then writes what is newer: of two commands that load one key at the same time,
+the older may win. Here a script on the server compares and writes in one step. It can also let a view's fields expire
+at event time plus ttl, so that a value that history no longer offers is gone online too, for every client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
+from itertools import groupby
+from typing import Any
+
+from feast import Entity, FeatureView, RepoConfig
+from feast.infra.online_stores.helpers import _mmh3, _redis_key, compute_versioned_name
+from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig, RedisType
+from feast.utils import make_tzaware
+from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]
+from pydantic import StrictStr
+
+from mlplatform.feast_plugins.registry_store import after_commit
+
+_LOG = logging.getLogger(__name__)
+# Rows per call of the script: the server answers nobody else meanwhile, so a call stays below a few milliseconds.
+ROWS_PER_CALL = 250
+
+# Stored times are protobuf messages: tag 8, seconds as a varint; tag 16, nanoseconds.
+_WRITE_IF_NEWER = """
+local function varint(text, at)
+  local value, complement, scale = 0, 0, 1
+  for i = at, at + 9 do
+    local byte = string.byte(text, i)
+    local low = byte % 128
+    if i < at + 9 then
+      value = value + low * scale
+      complement = complement + (127 - low) * scale
+      scale = scale * 128
+    end
+    if byte < 128 then
+      -- Ten bytes mean a negative number, in two's complement.
+      if i == at + 9 then return -complement - 1, i + 1 end
+      return value, i + 1
+    end
+  end
+end
+local function moment(text)
+  local seconds, nanos, at = 0, 0, 1
+  if string.byte(text, at) == 8 then seconds, at = varint(text, at + 1) end
+  if string.byte(text, at) == 16 then nanos, at = varint(text, at + 1) end
+  return seconds, nanos
+end
+local function is_later(new, old)
+  if new == old then return false end
+  local new_s, new_n = moment(new)
+  local old_s, old_n = moment(old)
+  return new_s > old_s or (new_s == old_s and new_n > old_n)
+end
+local count, expires = tonumber(ARGV[1]), ARGV[2] == '1'
+local names = {}
+for i = 1, count do names[i] = ARGV[2 + i] end
+local at, changed = 3 + count, 0
+for _, key in ipairs(KEYS) do
+  local time = ARGV[at + 1]
+  local old = redis.call('HGET', key, names[1])
+  if not old or is_later(time, old) then
+    local pairs = {}
+    for i = 1, count do
+      pairs[2 * i - 1] = names[i]
+      pairs[2 * i] = ARGV[at + i]
+    end
+    redis.call('HSET', key, unpack(pairs))
+    if expires then redis.call('HPEXPIREAT', key, ARGV[at], 'FIELDS', count, unpack(names)) end
+    changed = changed + 1
+  end
+  at = at + 1 + count
+end
+return changed
+"""
+
+
+class ExpiringRedisOnlineStoreConfig(RedisOnlineStoreConfig):
+    """The store's part of `feature_store.yaml`: Feast's own settings of Redis, and one more.
+
+    Attributes:
+        expire_online: Whether values end online at event time plus ttl, as they do in history.
+    """
+
+    type: StrictStr = "mlplatform.feast_plugins.online_store.ExpiringRedisOnlineStore"  # type: ignore[assignment]
+    expire_online: bool = True
+
+
+class ExpiringRedisOnlineStore(RedisOnlineStore):
+    """Never replaces a later value by an earlier one, and lets values expire by their view's ttl."""
+
+    _can_expire: bool | None = None
+
+    def online_write_batch(
+        self, config: RepoConfig, table: FeatureView, data: list[Any], progress: Callable[[int], Any] | None
+    ) -> None:
+        """Store rows, each if its event time is later than the one stored for its key."""
+        online: Any = config.online_store
+        if online.skip_dedup or online.key_ttl_seconds or online.redis_type == RedisType.redis_cluster:
+            # What was asked for there is another rule, and a script needs all of its keys on one server.
+            super().online_write_batch(config, table, data, progress)
+            return
+        for names, group in groupby(data, key=lambda row: tuple(row[1])):
+            rows = list(group)
+            version = config.entity_key_serialization_version
+            keys = [_redis_key(config.project, row[0], entity_key_serialization_version=version) for row in rows]
+            values = [[row[1][name].SerializeToString() for name in names] for row in rows]
+            self.write_rows(config, table, keys, [_proto(row[2]) for row in rows], names, values)
+            if progress:
+                progress(len(rows))
+
+    async def online_write_batch_async(
+        self, config: RepoConfig, table: FeatureView, data: list[Any], progress: Callable[[int], Any] | None
+    ) -> None:
+        """Store rows, as `online_write_batch` does."""
+        await asyncio.to_thread(self.online_write_batch, config, table, data, progress)
+
+    def write_rows(
+        self,
+        config: RepoConfig,
+        view: Any,
+        keys: Sequence[bytes],
+        moments: Sequence[Timestamp],
+        features: Sequence[str],
+        values: Iterable[Sequence[bytes]],
+    ) -> int:
+        """Store rows whose event time is later than the one stored for their key, decided by the server.
+
+        Args:
+            config: Feast's configuration.
+            view: The view that the features belong to.
+            keys: Feast's key of each row.
+            moments: Event time of each row.
+            features: Names of the features.
+            values: Serialised values of each row, in the features' order.
+
+        Returns:
+            How many rows were stored.
+        """
+        client: Any = self._get_client(config.online_store)
+        name = compute_versioned_name(view, config.registry.enable_online_feature_view_versioning)
+        fields = [f"_ts:{name}".encode(), *(_mmh3(f"{name}:{feature}") for feature in features)]
+        ttl: timedelta = getattr(view, "ttl", None) or timedelta(0)
+        expires = bool(ttl) and config.online_store.expire_online and self._expires_fields(client)
+        script = client.register_script(_WRITE_IF_NEWER)
+        pipeline = client.pipeline(transaction=False)
+        everything = list(zip(keys, moments, values, strict=True))
+        for start in range(0, len(everything), ROWS_PER_CALL):
+            rows = everything[start : start + ROWS_PER_CALL]
+            arguments: list[Any] = [len(fields), int(expires), *fields]
+            for _, moment, row in rows:
+                arguments += [_expiry(moment, ttl) if expires else 0, moment.SerializeToString(), *row]
+            script(keys=[key for key, _, _ in rows], args=arguments, client=pipeline)
+        return sum(pipeline.execute())
+
+    def update(
+        self,
+        config: RepoConfig,
+        tables_to_delete: Sequence[FeatureView],
+        tables_to_keep: Sequence[FeatureView],
+        entities_to_delete: Sequence[Entity],
+        entities_to_keep: Sequence[Entity],
+        partial: bool,
+    ) -> None:
+        """Delete what views that are gone left behind, once the registry without them is written."""
+        for view in tables_to_delete:
+
+            def delete(view: FeatureView = view) -> None:
+                RedisOnlineStore.update(self, config, [view], [], [], [], partial)
+
+            after_commit(config.registry, config.project, view.name, delete)
+
+    def _expires_fields(self, client: Any) -> bool:
+        if self._can_expire is None:
+            # One empty answer for a command that the server does not know.
+            self._can_expire = any(client.execute_command("COMMAND", "INFO", "HPEXPIREAT") or [])
+            if not self._can_expire:
+                _LOG.warning(
+                    "this online store can't expire single fields (Valkey 9 and Redis 7.4 can): "
+                    "values stay online after their ttl"
+                )
+        return self._can_expire
+
+
+def _proto(moment: datetime) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromDatetime(make_tzaware(moment))
+    return stamp
+
+
+def _expiry(moment: Timestamp, ttl: timedelta) -> int:
+    """Give the first millisecond after the value's last microsecond, which still counts."""
+    last_us: int = moment.seconds * 1_000_000 + moment.nanos // 1_000 + ttl // timedelta(microseconds=1)
+    return last_us // 1_000 + 1
