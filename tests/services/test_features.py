@@ -207,7 +207,7 @@ def test_a_feature_file_with_another_type_is_not_materialised(store, scratch: Sc
     names = {name: [1] for name in VIEWS["demographic"]}
     scratch.put("demographic", pd.DataFrame({USER_ID: [ANN], "event_timestamp": [MAY.as_unit("us")], **names}))
     with pytest.raises(
-        DataError, match="demographic:Sex in s3://.* is int64, and its view says STRING; write the file"
+        DataError, match=r"demographic:Sex in s3://.* is int64, and its view says STRING; write the file"
     ):
         features.materialise(store, JANUARY, MAY)
 
