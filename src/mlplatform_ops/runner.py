@@ -248,15 +248,27 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], noti
 
 
 def render(executed: Path) -> Path:
-    """Render an executed notebook as one HTML file beside it, which loads nothing from elsewhere."""
+    """Render an executed notebook as one HTML file beside it, which loads nothing from elsewhere.
+
+    Cells with the tag `claim` check what the text says. They are left out, unless one failed.
+    """
+    import nbformat
     from nbconvert import HTMLExporter
 
     scripts = ("mathjax_url", "require_js_url", "jquery_url", "mermaid_js_url", "mermaid_layout_elk_js_url")
     nothing = dict.fromkeys(scripts, "")
-    html, _ = HTMLExporter(**nothing).from_filename(str(executed))  # type: ignore[no-untyped-call]
+    notebook = nbformat.read(executed, as_version=4)  # type: ignore[no-untyped-call]
+    notebook.cells = [cell for cell in notebook.cells if not _is_claim_that_holds(cell)]
+    resources = {"metadata": {"name": executed.stem}}
+    html, _ = HTMLExporter(**nothing).from_notebook_node(notebook, resources)  # type: ignore[no-untyped-call]
     page = executed.with_suffix(".html")
     page.write_text(html, encoding="utf-8")
     return page
+
+
+def _is_claim_that_holds(cell: Mapping[str, Any]) -> bool:
+    failed = any(output["output_type"] == "error" for output in cell.get("outputs", ()))
+    return "claim" in cell["metadata"].get("tags", ()) and not failed
 
 
 def _complete(name: str, known: Mapping[str, Path]) -> str:
