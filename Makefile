@@ -10,6 +10,7 @@ OVERLAY ?= local
 CLUSTER = --overlay $(OVERLAY) $(if $(CONTEXT),--context '$(CONTEXT)') $(if $(YES),--yes)
 # Two processes: what needs the session's platform runs in one, the rest beside it (tests/conftest.py).
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(if $(DURATIONS),--durations $(DURATIONS))
+GROUPS = $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift
 CLI = $(BIN)/python -m mlplatform_ops
 
 ##@ Start here
@@ -20,10 +21,10 @@ help: ## List the targets
 run: $(READY) ## Start the platform, run every notebook, render them, say where to look
 	@$(CLI) run --platform $(PLATFORM) $(CLUSTER)
 
-run-all: $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift ## The same with notebooks 8 to 10, which need packages of their own
+run-all: $(GROUPS) ## The same with notebooks 8 to 10, which need packages of their own
 	@$(CLI) run --every --platform $(PLATFORM) $(CLUSTER)
 
-test: $(READY) ## Pass every test, on a platform of its own (DURATIONS=25 lists the slowest)
+test: $(GROUPS) ## Pass every test, on a platform of its own (DURATIONS=25 lists the slowest)
 	@$(PYTEST)
 
 ##@ The platform on this machine
@@ -96,10 +97,10 @@ lint: $(READY) ## Check style, types, the contracts between packages, and the wo
 test-unit: $(READY) ## Pass the tests that need no server
 	@$(PYTEST) tests/unit
 
-test-services: $(READY) ## Pass the tests of one service each, against real servers
+test-services: $(GROUPS) ## Pass the tests of one service each, against real servers
 	@$(PYTEST) tests/services
 
-test-notebooks: $(READY) ## Run every notebook and check what it made
+test-notebooks: $(GROUPS) ## Run every notebook and check what it made
 	@$(PYTEST) tests/notebooks
 
 test-cluster: $(READY) ## Pass the tests of the manifests and of the k8s- commands
