@@ -12,6 +12,7 @@ CLUSTER = --overlay $(OVERLAY) $(if $(CONTEXT),--context '$(CONTEXT)') $(if $(YE
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(if $(DURATIONS),--durations $(DURATIONS))
 GROUPS = $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift
 CLI = $(BIN)/python -m mlplatform_ops
+PIPELINE = $(BIN)/python -W ignore -m mlplatform_pipeline
 
 ##@ Start here
 .PHONY: help run run-all test
@@ -65,12 +66,18 @@ features: $(READY) ## Register the features and materialise them to the online s
 	@$(CLI) features --platform $(PLATFORM) $(CLUSTER)
 
 ##@ Batches and drift
-.PHONY: drift
+.PHONY: drift pipeline pipeline-yaml
+pipeline: $(VENV)/.pipelines ## Score everybody with the batch pipeline, on this machine (PEOPLE=s3://...)
+	@$(CLI) up && $(PIPELINE) batch $(if $(PEOPLE),--people $(PEOPLE))
+
+pipeline-yaml: $(VENV)/.pipelines ## Compile the pipelines to the YAML that a cluster runs
+	@$(PIPELINE) compile
+
 drift: $(VENV)/.drift ## Compare BATCH=s3://..., or what the endpoint saw, with the champion's training data
 	@$(CLI) drift --platform $(PLATFORM) $(CLUSTER) $(if $(BATCH),--batch $(BATCH)) $(if $(DAYS),--days $(DAYS))
 
 ##@ On a cluster (OVERLAY=local, CONTEXT=the current one, YES=1 to go on in production)
-.PHONY: k8s-secrets k8s-up k8s-forward k8s-status k8s-down
+.PHONY: k8s-pipeline k8s-secrets k8s-up k8s-forward k8s-status k8s-down
 k8s-secrets: $(READY) ## Generate the cluster's secrets into git-ignored files; existing ones are kept (ROTATE=, RETIRE=)
 	@$(CLI) $@ $(CLUSTER) $(if $(ROTATE),--rotate $(ROTATE)) $(if $(RETIRE),--retire $(RETIRE))
 
@@ -85,6 +92,9 @@ k8s-status: $(READY) ## Show what runs on the cluster
 
 k8s-down: $(READY) ## Remove the platform from the cluster; asks before it deletes data (DATA=keep or delete)
 	@$(CLI) $@ $(CLUSTER) $(if $(DATA),--$(DATA)-data)
+
+k8s-pipeline: $(VENV)/.pipelines ## Submit a pipeline to Kubeflow at KFP_HOST (NAME=batch, ARGS='-p people_uri=s3://...', CRON='0 0 3 * * *')
+	@$(PIPELINE) submit $(or $(NAME),batch) $(ARGS) $(if $(CRON),--cron '$(CRON)')
 
 ##@ Working on the repository
 .PHONY: check lint test-unit test-services test-notebooks test-cluster format lock install

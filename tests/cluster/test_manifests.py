@@ -64,7 +64,7 @@ def every_combination(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[st
 
 
 def test_every_component_is_an_option_or_part_of_an_overlay() -> None:
-    assert {path.name for path in (DEPLOY / "components").iterdir()} == {*OPTIONS, "feature-server"}
+    assert {path.name for path in (DEPLOY / "components").iterdir()} == {*OPTIONS, "feature-server", "pipeline"}
 
 
 def test_the_readme_names_every_component_and_counts_their_combinations() -> None:
@@ -127,7 +127,8 @@ def test_kustomize_says_nothing_of_deprecated_fields(tmp_path: Path) -> None:
 
 def test_a_file_holds_one_object() -> None:
     for path in DEPLOY.rglob("*.yaml"):
-        if "secrets" not in path.parts:
+        # Kubeflow's compiler writes two documents.
+        if not {"secrets", "compiled"} & set(path.parts):
             assert len(list(yaml.safe_load_all(path.read_text()))) == 1, path
 
 
@@ -363,3 +364,20 @@ def _scan(folder: Path, overlays: dict[str, list[Manifest]]) -> dict[str, Any]:
             (finding["ID"], finding["Message"]) for result in results for finding in result.get("Misconfigurations", ())
         ],
     }
+
+
+def test_what_pipelines_need_lets_their_steps_and_nobody_else_reach_mlflow_and_the_object_store() -> None:
+    manifests = render(DEPLOY / "components" / "pipeline")
+    for manifest in manifests:
+        kubernetes_validate.validate(manifest, NEWEST_MINORS[-1], strict=True)
+    policies = {policy["metadata"]["namespace"]: policy["spec"] for policy in of_kind(manifests, "NetworkPolicy")}
+    step = {"app.kubernetes.io/component": "pipeline-step"}
+    assert policies["kubeflow"]["podSelector"]["matchLabels"] == step
+    (source,) = policies["mlplatform"]["ingress"][0]["from"]
+    assert source["podSelector"]["matchLabels"] == step
+    assert source["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "kubeflow"}
+    compiled = (DEPLOY / "components" / "pipeline" / "compiled" / "batch.yaml").read_text()
+    assert "app.kubernetes.io/component: pipeline-step" in compiled
+    (addresses,) = of_kind(manifests, "ConfigMap")
+    assert f"configMapName: {addresses['metadata']['name']}" in compiled
+    assert set(re.findall(r"configMapKey: (\w+)", compiled)) == set(addresses["data"])

@@ -1,0 +1,44 @@
+"""What a step needs on a cluster and not on a laptop: image, credentials, addresses, resources, retries.
+
+Credentials come from a Secret as environment variables. As parameters they would be kept in each run's history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kfp import dsl, kubernetes
+
+IMAGE = "mlplatform:0.1.0"  # built from this repository, see deploy/README.md
+CREDENTIALS = "platform-client"
+ADDRESSES = "pipeline-addresses"
+LABEL = "app.kubernetes.io/component", "pipeline-step"
+SECRET_VARIABLES = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "REDIS_CONNECTION_STRING",
+    "FEATURE_SERVER_TOKEN",
+)
+ADDRESS_VARIABLES = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "FEATURE_SERVER_URL")
+
+
+def step(function: Callable[..., Any]) -> Any:
+    """Make a step of a function, which runs in this repository's image."""
+    return dsl.component(base_image=IMAGE, install_kfp_package=False)(function)
+
+
+def on_cluster(task: Any) -> Any:
+    """Give a task what it needs on a cluster; a local run leaves all of it aside.
+
+    Args:
+        task: What calling a step inside a pipeline returned.
+    """
+    kubernetes.use_secret_as_env(task, CREDENTIALS, {name: name for name in SECRET_VARIABLES})
+    kubernetes.use_config_map_as_env(task, ADDRESSES, {name: name for name in ADDRESS_VARIABLES})
+    kubernetes.add_pod_label(task, *LABEL)
+    kubernetes.set_image_pull_policy(task, "IfNotPresent")
+    task.set_cpu_request("500m").set_memory_request("1Gi").set_memory_limit("2Gi")
+    return task.set_retry(num_retries=2, backoff_duration="10s", backoff_factor=2)

@@ -1,0 +1,121 @@
+"""Run a pipeline on this machine with Kubeflow's own local runner, which needs no Docker.
+
+Each step is a process of its own, as it is a pod of its own on a cluster. What a step returned is kept, so that a run
+that was stopped goes on where it stopped when it is started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfp import local
+
+from mlplatform.errors import PlatformError
+
+ENDED = re.compile(r"Task \S*'(?P<step>[\w-]+)'\S* finished with status \S*(?P<status>SUCCESS|FAILURE)")
+
+
+class PipelineError(PlatformError, RuntimeError):
+    """A step failed."""
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """What a local run left.
+
+    Attributes:
+        outputs: The pipeline's outputs by name.
+        folder: Where the output of each step is.
+        ran: What each step that ran returned, by its folder; a step that was taken from the cache is not among them.
+        log: What the runner and the steps said.
+    """
+
+    outputs: dict[str, Any]
+    folder: Path
+    ran: dict[str, dict[str, Any]]
+    log: str
+
+
+def run(
+    pipeline: Any, arguments: Mapping[str, Any], root: Path, *, notify: Callable[[str], None] = lambda _: None
+) -> LocalRun:
+    """Run a pipeline here.
+
+    Args:
+        pipeline: A function with `@dsl.pipeline`.
+        arguments: Its parameters by name.
+        root: Folder for what steps return, and for the cache.
+        notify: Called with a line when a step ends.
+
+    Raises:
+        PipelineError: A step failed; the message names it and its last line.
+    """
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root), enable_caching=True)
+    before = set(root.glob("*"))
+    said = _Lines(notify)
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _once(pipeline), _quiet():
+            finished = pipeline(**arguments)
+    except RuntimeError as error:
+        raise PipelineError(f"{pipeline.name}: {_reason(said.getvalue())}") from error
+    (folder,) = set(root.glob("*")) - before - {root / ".kfp_cache"}
+    return LocalRun(dict(finished.outputs), folder, read_outputs(folder), said.getvalue())
+
+
+def read_outputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read what each step of a run left, by its folder below the run's."""
+    return {
+        str(path.parent.relative_to(folder)): json.loads(path.read_text()).get("parameterValues", {})
+        for path in sorted(folder.rglob("executor_output.json"))
+    }
+
+
+class _Lines(io.StringIO):
+    """Keep what is written, and tell of each step that ends."""
+
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        super().__init__()
+        self._notify = notify
+
+    def write(self, text: str) -> int:
+        for match in ENDED.finditer(text):
+            self._notify(f"{match['step']}: {match['status'].lower()}")
+        return super().write(text)
+
+
+def _reason(said: str) -> str:
+    """Find the step that failed and the last line of its trace."""
+    failed = [match["step"] for match in ENDED.finditer(said) if match["status"] == "FAILURE"]
+    errors = re.findall(r"^ *(?:[\w.]+\.)?(\w+(?:Error|Exception): .*)$", said, re.MULTILINE)
+    return f"step {failed[0] if failed else 'unknown'} failed: {errors[-1] if errors else 'see the log'}"
+
+
+@contextlib.contextmanager
+def _once(pipeline: Any) -> Iterator[None]:
+    """Leave retries to clusters: here whoever looks wants to know at once."""
+    spec = pipeline.pipeline_spec
+    kept = type(spec)()
+    kept.CopyFrom(spec)
+    for dag in [spec.root.dag, *(component.dag for component in spec.components.values())]:
+        for task in dag.tasks.values():
+            task.ClearField("retry_policy")
+    try:
+        yield
+    finally:
+        spec.CopyFrom(kept)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # The runner doubts an image whose name lacks "python"; here it takes none at all.
+        warnings.filterwarnings("ignore", "You may be attemping to run a task", RuntimeWarning)
+        yield

@@ -1,0 +1,329 @@
+"""What each step of the batch does, without a word about Kubeflow: addresses and digests in, addresses out.
+
+Data passes between steps in the object store, under names that hold its digest, and steps pass these names on. So a
+step's arguments say exactly which bytes it reads, and Kubeflow's cache, which looks at arguments only, is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import yaml
+from sklearn.base import clone
+
+from mlplatform import drift_watch, history, income, lineage, modeling, objectstore, registry, tracking
+from mlplatform.connection import hasten_feast
+from mlplatform.errors import DataError, PlatformError, RegistryError
+from mlplatform.feature_client import SERVICE
+from mlplatform.history import EVENT_TIMESTAMP, USER_ID
+from mlplatform.income import COLUMNS
+from mlplatform.settings import DATASETS_BUCKET, find_root, find_settings
+
+BATCH = "income-batch"
+BATCH_STEPS = ("read_people", "fetch_features", "score", "collect", "summarise")
+EXPERIMENT = "income-batches"
+PIPELINE_TAG = "pipeline"
+STEPS_TAG = "pipeline_steps"
+INPUTS_TAG = "pipeline_inputs"
+OUTPUTS_TAG = "pipeline_outputs"
+PEOPLE = f"s3://{DATASETS_BUCKET}/people/people.parquet"
+FEATURES = f"{drift_watch.BATCHES}/features.parquet"
+PARTS = f"s3://{DATASETS_BUCKET}/predictions-parts/part.parquet"
+PREDICTIONS = f"s3://{DATASETS_BUCKET}/predictions/income.parquet"
+
+
+def ready() -> None:
+    """Let every library in a step's process find the platform; a service that is down is named by whoever asks it."""
+    settings = find_settings()
+    os.environ.update(settings.to_env())
+    hasten_feast()
+    mlflow.set_tracking_uri(settings.tracking_uri)
+
+
+class BatchStoppedError(PlatformError, RuntimeError):
+    """A batch crossed a threshold, and its predictions must not be used."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a batch depends on, as found when it began.
+
+    Attributes:
+        people: How many people are to be scored.
+        features_digest: Of the feature files and of which features the service offers.
+        model_version: The version that holds the alias.
+    """
+
+    people: int
+    features_digest: str
+    model_version: str
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What a batch must keep.
+
+    Attributes:
+        most_unknown: Share of people without features.
+        lowest_mean: Mean probability.
+        highest_mean: Mean probability.
+    """
+
+    most_unknown: float
+    lowest_mean: float
+    highest_mean: float
+
+
+def write_people(users: Sequence[str], moment: pd.Timestamp) -> str:
+    """Store who is to be scored and when, for the first step.
+
+    Args:
+        users: User ids.
+        moment: As of when their features are taken, UTC.
+
+    Returns:
+        The address.
+
+    Raises:
+        DataError: There is no user, or one twice.
+    """
+    people = pd.DataFrame({USER_ID: pd.Series(list(users), dtype=object), EVENT_TIMESTAMP: moment.as_unit("us")})
+    return objectstore.write_frame(check_people(people, "the list"), PEOPLE)
+
+
+def check_people(people: pd.DataFrame, uri: str) -> pd.DataFrame:
+    """Refuse a table that does not say who is to be scored and when.
+
+    Raises:
+        DataError: A column is missing or of another kind, there is nobody, or somebody is asked about twice.
+    """
+    missing = [column for column in (USER_ID, EVENT_TIMESTAMP) if column not in people.columns]
+    if missing:
+        found = ", ".join(map(str, people.columns)) or "no columns"
+        raise DataError(f"{uri} lacks {', '.join(missing)}; it has {found}; give user_id and event_timestamp")
+    if people.empty:
+        raise DataError(f"{uri} names nobody; give at least one user_id")
+    asked = people[[USER_ID, EVENT_TIMESTAMP]]
+    if not asked[USER_ID].map(lambda user: isinstance(user, str)).all():
+        raise DataError(f"{uri} has a user_id that is not text; convert them with str")
+    if not isinstance(asked[EVENT_TIMESTAMP].dtype, pd.DatetimeTZDtype) or asked[EVENT_TIMESTAMP].isna().any():
+        raise DataError(
+            f"{uri} has an event_timestamp that is no moment with a time zone; use pd.to_datetime(utc=True)"
+        )
+    twice = int(asked.duplicated().sum())
+    if twice:
+        raise DataError(f"{uri} asks {twice} times about somebody at the same moment again; drop duplicates")
+    return asked.reset_index(drop=True)
+
+
+def read_people(people_uri: str, alias: str) -> Batch:
+    """Check who is to be scored, and find what the answer depends on.
+
+    Raises:
+        DataError: As in `check_people`.
+        MissingObjectError: There is no such table, or no feature file.
+        RegistryError: No version holds the alias, or nothing is registered with the feature store.
+    """
+    people = check_people(objectstore.read_frame(people_uri), people_uri)
+    version = drift_watch.champion(alias)
+    return Batch(len(people), _features_digest(), str(version.version))
+
+
+def _features_digest() -> str:
+    from mlplatform import features  # Feast takes seconds to import, and most steps need it not
+
+    store = features.open_store()
+    service = store.get_feature_service(SERVICE)
+    offered = {view.name: sorted(field.name for field in view.features) for view in service.feature_view_projections}
+    digest = hashlib.sha256(json.dumps(offered, sort_keys=True).encode())
+    for view in sorted(offered):
+        source: Any = store.get_feature_view(view).batch_source
+        digest.update(objectstore.read_bytes(source.path))
+    return digest.hexdigest()[: objectstore.DIGEST_LENGTH]
+
+
+def fetch_features(people_uri: str) -> str:
+    """Get what was known of each person at their moment, under the model's column names.
+
+    Returns:
+        Address of a table with user, moment and the eight columns, in the order asked; null for who is unknown.
+    """
+    from mlplatform import features
+
+    people = check_people(objectstore.read_frame(people_uri), people_uri)
+    answer = features.point_in_time(features.open_store(), people)
+    answer = answer.rename(columns={feature: column for column, feature in history.RENAMED.items()})
+    return objectstore.write_frame(answer[[USER_ID, EVENT_TIMESTAMP, *COLUMNS]], FEATURES)
+
+
+def score(features_uri: str, alias: str, model_version: str, part: int, parts: int) -> str:
+    """Let the champion score one part of the people; who has no features gets no number.
+
+    Args:
+        features_uri: What `fetch_features` returned.
+        alias: Which model.
+        model_version: The version that must hold the alias, so that all parts are scored by one model.
+        part: Which part, from 0.
+        parts: How many there are.
+
+    Returns:
+        Address of a table of user, moment and probability.
+
+    Raises:
+        RegistryError: The alias has moved since the batch began.
+    """
+    rows = objectstore.read_frame(features_uri)
+    rows = rows.iloc[np.array_split(np.arange(len(rows)), parts)[part]].reset_index(drop=True)
+    model = registry.load_model(alias)
+    holder = drift_watch.champion(alias).version
+    if str(holder) != model_version:
+        raise RegistryError(
+            f"{alias!r} moved from version {model_version} to {holder} while the batch ran; run it again for one model"
+        )
+    known = rows[list(COLUMNS)].notna().all(axis=1).to_numpy()
+    probability = np.full(len(rows), np.nan)
+    if known.any():
+        probability[known] = modeling.probabilities(model, rows[known])
+    scored = rows[[USER_ID, EVENT_TIMESTAMP]].assign(probability=probability)
+    return objectstore.write_frame(scored, PARTS)
+
+
+def collect(people_uri: str, features_uri: str, features_digest: str, model_version: str, parts: Sequence[str]) -> str:
+    """Join the parts in the order asked and keep beside them where they come from.
+
+    Returns:
+        Address of the predictions; the same with `.lineage.json` instead of `.parquet` holds their lineage.
+
+    Raises:
+        DataError: The parts are not everybody who was asked about.
+    """
+    people = check_people(objectstore.read_frame(people_uri), people_uri)
+    joined = pd.concat([objectstore.read_frame(uri) for uri in parts], ignore_index=True)
+    found = people.merge(joined, on=[USER_ID, EVENT_TIMESTAMP], how="left", validate="one_to_one")
+    if len(joined) != len(people):
+        raise DataError(f"{len(joined)} predictions for {len(people)} people; run the pipeline again")
+    uri = objectstore.write_frame(found, PREDICTIONS)
+    version = mlflow.MlflowClient().get_model_version(registry.MODEL_NAME, model_version)
+    record = {
+        "people": people_uri,
+        "features": features_uri,
+        "features_digest": features_digest,
+        "feature_service": SERVICE,
+        "model": registry.MODEL_NAME,
+        "model_version": model_version,
+        "training_run": str(version.run_id),
+        "parts": list(parts),
+        "predictions": uri,
+    }
+    objectstore.write_bytes(json.dumps(record, indent=1).encode(), lineage_uri(uri))
+    return uri
+
+
+def lineage_uri(predictions_uri: str) -> str:
+    """Say where the lineage of predictions lies."""
+    return predictions_uri.removesuffix(".parquet") + ".lineage.json"
+
+
+def summarise(predictions_uri: str, alias: str, thresholds: Thresholds) -> tuple[str, dict[str, float]]:
+    """Record the batch in MLflow, and stop it if it crosses a threshold.
+
+    Args:
+        predictions_uri: What `collect` returned.
+        alias: Which model.
+        thresholds: What the batch must keep.
+
+    Returns:
+        MLflow's run, and the figures.
+
+    Raises:
+        BatchStoppedError: A threshold is crossed; MLflow's run is marked as failed, and says which.
+    """
+    frame = objectstore.read_frame(predictions_uri)
+    record = json.loads(objectstore.read_bytes(lineage_uri(predictions_uri)))
+    version = mlflow.MlflowClient().get_model_version(record["model"], record["model_version"])
+    figures = {
+        "users": float(len(frame)),
+        "unknown_users": float(frame["probability"].isna().sum()),
+        "mean_probability": float(frame["probability"].mean()),
+    }
+    crossed = _crossed(figures, thresholds)
+    mlflow.set_experiment(EXPERIMENT)
+    with mlflow.start_run(run_name=f"{BATCH}-{_moment(frame)}") as run:
+        lineage.note_prediction(version, alias, predictions_uri)
+        mlflow.set_tags(
+            {
+                PIPELINE_TAG: BATCH,
+                STEPS_TAG: json.dumps(BATCH_STEPS),
+                INPUTS_TAG: json.dumps({name: record[name] for name in ("people", "features", "features_digest")}),
+                OUTPUTS_TAG: json.dumps({"predictions": predictions_uri, "lineage": lineage_uri(predictions_uri)}),
+                lineage.SERVICE_TAG: record["feature_service"],
+                "feast.project": _project(),
+            }
+        )
+        mlflow.log_metrics({name: value for name, value in figures.items() if not np.isnan(value)})
+        if crossed:
+            raise BatchStoppedError(f"{crossed}; look at {predictions_uri} before anybody uses it")
+    return run.info.run_id, figures
+
+
+def _project() -> str:
+    path = find_root() / "feature_repo" / "feature_store.yaml"
+    return str(yaml.safe_load(path.read_text())["project"])
+
+
+def _moment(frame: pd.DataFrame) -> str:
+    return f"{frame[EVENT_TIMESTAMP].max():%Y-%m-%d}"
+
+
+def _crossed(figures: dict[str, float], thresholds: Thresholds) -> str:
+    unknown, mean = figures["unknown_users"] / figures["users"], figures["mean_probability"]
+    if unknown > thresholds.most_unknown:
+        return f"{unknown:.2%} of {figures['users']:,.0f} people are unknown, and {thresholds.most_unknown:.2%} may be"
+    if not thresholds.lowest_mean <= mean <= thresholds.highest_mean:
+        return f"the mean probability {mean:.3f} is not in {thresholds.lowest_mean} to {thresholds.highest_mean}"
+    return ""
+
+
+def train(data_uri: str, alias: str, seed: int) -> str:
+    """Fit the champion's estimator on a window of labelled rows, as notebook 2 does.
+
+    Args:
+        data_uri: The eight columns and the target.
+        alias: Whose estimator is used, with its parameters.
+        seed: Of the split.
+
+    Returns:
+        MLflow's run.
+
+    Raises:
+        DataError: The table is not the income data's shape.
+        RegistryError: No version holds the alias.
+    """
+    frame = income.check_income(objectstore.read_frame(data_uri), name=data_uri)
+    estimator = clone(registry.load_model(alias).named_steps["estimator"])
+    training, testing = income.split(frame, seed=seed)
+    datasets = tracking.write_datasets(training, testing, frame)
+    mlflow.set_experiment(tracking.EXPERIMENT)
+    return tracking.fit_and_log("retrained", estimator, datasets, params={"seed": seed, "window": data_uri}).run_id
+
+
+def decide(run_id: str) -> registry.Promotion:
+    """Register a run's model and let the registry's rule decide whether it becomes the champion."""
+    return registry.promote(registry.register(run_id))
+
+
+def data_digest(uri: str) -> str:
+    """Give the digest of an object's content, whatever its name says.
+
+    Raises:
+        MissingObjectError: It is not there.
+    """
+    return hashlib.sha256(objectstore.read_bytes(uri)).hexdigest()[: objectstore.DIGEST_LENGTH]
