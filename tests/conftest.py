@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from mlplatform.connection import hasten_feast
 from mlplatform.settings import STATE_VARIABLE, VARIABLES, Settings
 from mlplatform_ops import runner as notebooks
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
 
+hasten_feast()
 ROOT = Path(__file__).parent.parent
 SHARED = {"embedded", "executed", "platform"}
 

@@ -83,11 +83,14 @@ def test_a_mistake_is_answered_with_one_line_before_anything_starts(
     status: int,
     line: str,
     no_platform: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("MLPLATFORM_S3_PORT", "no port")
     monkeypatch.setenv("KUBECONFIG", str(no_platform))
+    # Another platform of this user may be starting, which would be said first.
+    monkeypatch.setattr("mlplatform_ops.embedded.platform.private_folder", lambda: tmp_path)
     assert main(typed.split()) == status
     captured = capsys.readouterr()
     assert captured.out == ""

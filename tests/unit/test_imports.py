@@ -1,9 +1,11 @@
-"""What importing the package loads, seen in a fresh interpreter each time."""
+"""What importing the package loads, and which packages there are."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,23 +27,31 @@ LIGHT = (
 
 
 def loaded_after(*lines: str) -> dict[str, list[str]]:
-    """Run lines in an interpreter of its own, and list what of MLflow and Feast is loaded after each."""
+    """Run lines in a fresh interpreter, and list what of MLflow and Feast is loaded after each."""
     show = "print(*sorted({'mlflow', 'feast'} & set(sys.modules)))"
     code = "\n".join(["import sys", *(f"{line}\n{show}" for line in lines)])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return {line: loaded.split() for line, loaded in zip(lines, done.stdout.splitlines(), strict=True)}
 
 
-def test_modules_that_need_neither_load_neither_mlflow_nor_feast() -> None:
-    lines = [f"import mlplatform.{module}" for module in LIGHT]
-    assert loaded_after(*lines) == {line: [] for line in lines}
-
-
-def test_a_notebooks_first_line_loads_neither_so_that_connect_comes_before_them() -> None:
+def test_neither_is_loaded_before_a_module_that_needs_it_is_used() -> None:
+    light = [f"import mlplatform.{module}" for module in LIGHT]
+    # A notebook's first line, so that connect() comes before both.
     first = f"from mlplatform import connect, {', '.join(MODULES)}"
-    assert loaded_after(first, "tracking.EXPERIMENT") == {first: [], "tracking.EXPERIMENT": ["mlflow"]}
+    loaded = loaded_after(*light, first, "tracking.EXPERIMENT")
+    assert loaded == {line: [] for line in [*light, first]} | {"tracking.EXPERIMENT": ["mlflow"]}
 
 
 def test_a_misspelt_module_is_an_import_error() -> None:
     with pytest.raises(ImportError, match="modelling"):
         from mlplatform import modelling  # noqa: F401
+
+
+def test_the_contracts_and_the_wheel_name_every_package() -> None:
+    root = Path(__file__).parents[2]
+    packages = {path.parent.name for path in (root / "src").glob("*/__init__.py")}
+    project = tomllib.loads((root / "pyproject.toml").read_text())["tool"]
+    assert set(project["importlinter"]["root_packages"]) == packages
+    assert {Path(path).name for path in project["hatch"]["build"]["targets"]["wheel"]["packages"]} == packages
+    layers = next(contract for contract in project["importlinter"]["contracts"] if contract["type"] == "layers")
+    assert packages <= set(re.findall(r"\w+", " ".join(layers["layers"])))
