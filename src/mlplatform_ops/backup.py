@@ -22,7 +22,7 @@ from mlplatform.settings import BUCKETS
 
 
 def save(store: Any, folder: Path, *, databases: Iterable[Path] = ()) -> int:
-    """Copy databases, then every object, into a folder, which is there only once the copy is whole.
+    """Copy databases, then every object, into a folder, which gets its name only when the copy is complete.
 
     Args:
         store: A boto3 S3 client.

@@ -13,7 +13,7 @@ Notify = Callable[[str], None]
 
 
 def wide_console() -> Console:
-    """Give a console that breaks no URL, however narrow a log's lines are."""
+    """Make a console that does not wrap URLs, even where the terminal or the log is narrow."""
     from rich.console import Console
 
     console = Console(soft_wrap=True)

@@ -182,8 +182,14 @@ def test_a_body_above_the_limit_is_refused_before_it_is_parsed() -> None:
 
     at_the_limit = json.dumps(QUESTION).ljust(LIMIT_BYTES)
     assert client().post("/get-online-features", content=at_the_limit).status_code == 200
-    for body in (at_the_limit + " ", pieces()):
-        reply = client().post("/get-online-features", content=body)
+    # The last one says that more is to come, which is not waited for.
+    for body, headers in (
+        (at_the_limit + " ", {}),
+        (pieces(), {}),
+        (b"{", {"Content-Length": str(LIMIT_BYTES + 1)}),
+        (b"{", {"Content-Length": "many"}),
+    ):
+        reply = client().post("/get-online-features", content=body, headers=headers)
         assert reply.status_code == 413
         assert f"larger than {LIMIT_BYTES} bytes" in reply.json()["detail"]
 

@@ -13,10 +13,9 @@ from typing import Any
 from mlplatform.errors import ClusterError
 from mlplatform_ops.cluster.kubectl import kubectl_path
 
-# Connecting, and an answer; without them a network that swallows packets holds a request for a quarter of an hour.
+# Seconds to connect, and seconds for an answer. Without them a network that drops packets blocks a request for a
+# quarter of an hour.
 REQUEST_TIMEOUT_S = (5, 30)
-
-
 _PRODUCTION = re.compile(r"(?<![a-z])(prod|prd|production|live)(?![a-z])", re.IGNORECASE)
 
 
@@ -57,13 +56,13 @@ def find_context(name: str | None) -> Context:
 
 
 def looks_like_production(*names: str) -> bool:
-    """Say whether the name of a context, cluster or server reads as if much depends on it."""
+    """Say whether a name of a context, cluster or server looks like production."""
     return any(_PRODUCTION.search(name) for name in names)
 
 
 @contextmanager
 def api_errors(context: str) -> Iterator[None]:
-    """Turn the client's errors into one line."""
+    """Turn errors of the official client into a `ClusterError` with one line."""
     from kubernetes.client.exceptions import ApiException
     from urllib3.exceptions import HTTPError
 
@@ -82,11 +81,11 @@ def api_errors(context: str) -> Iterator[None]:
 
 
 class AwayError(ClusterError):
-    """The cluster does not answer now, and may do so in a moment."""
+    """The cluster does not answer now, but may in a moment."""
 
 
 def _message(error: Any) -> str:
-    """Give the server's own words, which say what was refused."""
+    """Find the server's own message, which says what was refused."""
     try:
         return str(json.loads(error.body)["message"])
     except (ValueError, KeyError, TypeError):

@@ -22,12 +22,7 @@ from mlplatform_ops.cluster.api import api_errors, api_of, connect_to, find_cont
 from mlplatform_ops.cluster.credentials import PREVIOUS, VALUES, write_secrets
 from mlplatform_ops.cluster.forwards import SERVICES, Forward, Target, forwarded_settings, local_port
 from mlplatform_ops.cluster.kubectl import Manifest, kubectl_command, render
-from mlplatform_ops.cluster.overlay import (
-    FOLDER,
-    namespace_of,
-    read_env,
-    wanted_files,
-)
+from mlplatform_ops.cluster.overlay import FOLDER, namespace_of, read_env, wanted_files
 from mlplatform_ops.cluster.rollouts import STUCK_AFTER_S, Workload, is_ready
 from mlplatform_ops.cluster.watch import PART_OF, Watch
 from mlplatform_ops.console import Notify
@@ -47,8 +42,8 @@ class Cluster:
     Args:
         overlay: The overlay's folder, such as `deploy/overlays/local`.
         context: A context of the kubeconfig; the current one by default.
-        yes: Whether questions are answered with yes.
-        confirm: Asks a question; the default answers no, as there is nobody to ask.
+        yes: Whether to go on where the context looks like production.
+        confirm: Asks a question and gives the answer; the default is no, since nobody is there to ask.
         notify: Called with a line for each step worth showing.
 
     Raises:
@@ -140,7 +135,7 @@ class Cluster:
     def forwarded(self, environ: Mapping[str, str]) -> Iterator[Settings]:
         """Reach the platform's services on ports of this machine, for as long as the block runs.
 
-        A forward whose pod ends is led to another one, on the same local port.
+        When a pod ends, its forward goes on to another pod, on the same local port.
 
         Args:
             environ: Where local ports that the user set are looked up; others are free ones.
@@ -222,7 +217,7 @@ class Cluster:
             )
 
     def _delete_jobs(self, manifests: list[Manifest]) -> None:
-        """Delete Jobs of an earlier run and their pods: a Job's template can't be changed, and it is to run again."""
+        """Delete an earlier run's Jobs and their pods: a Job's template can't change, and the Job must run again."""
         names = [name for kind, name in _workload_names(manifests) if kind == "Job"]
         if names:
             self._kubectl("delete", "job", *names, "-n", self.namespace, "--ignore-not-found", "--cascade=foreground")

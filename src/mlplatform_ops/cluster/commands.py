@@ -101,7 +101,7 @@ def down(
 
 @contextmanager
 def forwarded(target: Target) -> Iterator[Settings]:
-    """Reach the cluster's services for as long as the block runs; yields their settings on this machine."""
+    """Forward the cluster's services while the block runs, and yield their settings on this machine."""
     with _cluster(target).forwarded(os.environ) as settings:
         yield settings
 

@@ -29,7 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "object-store": ("S3_ACCESS_KEY", "S3_SECRET_KEY", "S3_READER_ACCESS_KEY", "S3_READER_SECRET_KEY"),
     "redis": ("REDIS_PASSWORD", "REDIS_READER_PASSWORD"),
 }
-# Values that stay: nobody outside their component holds them.
+# Values that no command replaces: only their own component holds them.
 INNER = (
     "FEATURE_REGISTRY_KEY",
     "MLFLOW_FLASK_SERVER_SECRET_KEY",
@@ -49,7 +49,7 @@ _PREFIXES = {"MLFLOW_ADMIN_USERNAME": "admin-", "S3_ACCESS_KEY": "platform-", "S
 def write_secrets(
     overlay: Path, *, rotate: Collection[str] = (), retire: Collection[str] = (), notify: Notify = lambda _: None
 ) -> list[Path]:
-    """Make the secrets that are not there yet, and keep those that are.
+    """Make the secrets that are missing, keep the others, and write every file from them.
 
     Args:
         overlay: The overlay's folder.
@@ -106,7 +106,7 @@ def changed_values(
 
 
 def new_value(name: str) -> str:
-    """Draw a value that needs no quoting in a URL, an ini file, an ACL or Feast's connection string."""
+    """Make a random value that needs no quotes in a URL, an ini file, an ACL or Feast's connection string."""
     if name in _PREFIXES:
         return _PREFIXES[name] + secrets.token_hex(4)
     # A leading letter: Feast reads an all-digit password as a number, and redis-cli a leading dash as an option.
@@ -114,10 +114,10 @@ def new_value(name: str) -> str:
 
 
 def derived_files(values: Mapping[str, str], *, postgres: bool, seaweedfs: bool) -> dict[str, str]:
-    """Arrange the values for those who read them.
+    """Write the values in the form that each server and client reads.
 
     Args:
-        values: Every value by name, with previous ones where a rotation is under way.
+        values: Every value by name, and during a rotation the previous ones too.
         postgres: Whether MLflow keeps its data in Postgres and not in SQLite files.
         seaweedfs: Whether the object store is SeaweedFS, which knows several identities, and not MinIO.
 

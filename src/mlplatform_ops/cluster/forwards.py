@@ -1,4 +1,4 @@
-"""Ports of this machine that lead to pods of a cluster, and outlive the pods they lead to.
+"""Ports of this machine that lead to pods of a cluster, and stay open when a pod is replaced.
 
 kubectl carries the data. The official client could (`kubernetes.stream.portforward`), but its version 37 drops the
 answer when the asking side has ended its half of a connection, and changes the API client that other threads use.
@@ -29,14 +29,14 @@ SERVICES = {
 
 
 class Forward:
-    """One forwarded port that outlives the pod it leads to.
+    """One forwarded port, which stays open when the pod behind it is replaced.
 
     Args:
         name: What is forwarded, for messages.
         port: The local port.
-        target: Finds the running pods: name, port, and whether it is ready.
-        command: Gives the command that forwards, from pod, local and remote port.
-        notify: Called with a line when the forward moves.
+        target: Finds the running pods behind the service.
+        command: Makes the command line that forwards, from the pod's name, the local port and the pod's port.
+        notify: Called with a line when the forward goes on to another pod, or fails.
     """
 
     def __init__(
@@ -103,12 +103,12 @@ class Forward:
                 self._notify(str(error))
                 return
             except PlatformError as error:
-                # The API server may be away for a moment; what was handed out must work again when it is back.
+                # The API server may be away for a moment; the local port must work again when it is back.
                 self._notify(f"{self.name}: {error}")
                 self._stopping.wait(1)
 
     def _follow(self, pod: str, remote: int) -> bool:
-        """Forward to one pod until the forward ends or the pod is no longer the one to lead to.
+        """Forward to one pod until the forward ends, or until another pod should be used.
 
         Returns:
             Whether the forward was ever open.
@@ -122,9 +122,9 @@ class Forward:
         reader.start()
         try:
             while not self._stopping.is_set() and not _has_ended(process, within_s=1.0):
-                # An API server that is away for a moment is no reason to drop a forward that works.
+                # Keep a forward that works while the API server does not answer.
                 with suppress(ClusterError):
-                    # Nor is a pod that is not ready for a moment, unless another one is.
+                    # Keep it too while its pod is not ready, unless another pod is.
                     states = {name: ready for name, _, ready in self._target()}
                     if pod not in states or (not states[pod] and any(states.values())):
                         break
@@ -149,7 +149,7 @@ class Forward:
             if line.startswith("Forwarding from"):
                 self._ready.set()
             elif "lost connection" in line.lower():
-                # Some versions of kubectl stay after this, and forward to nobody.
+                # Some versions of kubectl go on running after this, and forward nothing.
                 process.terminate()
 
     def _end(self) -> None:

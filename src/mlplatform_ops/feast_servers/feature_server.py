@@ -73,9 +73,10 @@ class StoreWatcher:
                 store = self._open()
                 # Feast notes retrievals in MLflow's active run; a server has none, and need not load MLflow.
                 store.config.mlflow.enabled = False
-                self.app, self._store = self._get_app(store), store
+                self._store = store
             self._store.refresh_registry()
             self.join_keys = frozenset(entity.join_key for entity in self._store.list_entities(allow_cache=True))
+            self.app = self.app or self._get_app(self._store)
             self.ready = True
         except Exception as error:
             # Whatever it is, the thread must go on: the next registry may be readable.
