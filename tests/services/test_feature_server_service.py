@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,7 +29,7 @@ STEADY = {"features": ["demographic:Sex"], "entities": {"user_id": [history.STEA
 
 @contextmanager
 def running(module: str, repo: Path) -> Iterator[str]:
-    """Run one of our servers on a free port, and give its address once it answers."""
+    """Run one of our servers on a free port, and give its address once it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -41,12 +41,10 @@ def running(module: str, repo: Path) -> Iterator[str]:
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             assert process.poll() is None, f"{module} ended with {process.returncode}"
-            try:
-                requests.get(f"{url}/health", timeout=5)
-            except requests.ConnectionError:
-                time.sleep(0.1)
-            else:
-                break
+            with suppress(requests.ConnectionError):
+                if requests.get(f"{url}/health", timeout=20).status_code != 503:
+                    break
+            time.sleep(0.1)
         else:
             pytest.fail(f"{module} does not answer")
         yield url

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -59,7 +60,7 @@ class Client:
 
 
 def client(*tokens: str, app: Any = FEAST, ready: bool = True) -> Client:
-    watcher = StoreWatcher.__new__(StoreWatcher)
+    watcher = StoreWatcher(Path())
     watcher.app, watcher.ready, watcher.join_keys = app, ready, frozenset({"user_id"})
     return Client(create_app(watcher, tokens))
 

@@ -16,7 +16,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from mlplatform_ops.feast_servers.gate import AllowList, read_body, replay
 TOKEN_VARIABLES = ("FEATURE_SERVER_TOKEN", "FEATURE_SERVER_TOKEN_PREVIOUS")
 REFUSAL = "this feature server only reads: GET /health, POST /get-online-features"
 WAITING = "no features are registered yet; run 'make features'"
-NOT_LOADED = "the features can't be loaded yet; the server's log says why"
+NOT_LOADED = "the features are not loaded yet; if this lasts, the server's log says why"
 # Room for 25,000 user ids. Feast parses a body in the thread that serves everybody: 100 MB held it for a minute.
 LIMIT_BYTES = 2**20
 _NAME = re.compile(r"[^:]+:[^:]+")
@@ -53,41 +53,44 @@ class StoreWatcher:
     """
 
     def __init__(self, repo: Path, *, refresh_s: float = 2.0) -> None:
-        # The import takes seconds: do it before the server listens, so that the first request does not wait.
-        from feast.feature_server import get_app
-
-        from mlplatform.features import open_store
-
         self.app: ASGIApp | None = None
         self.join_keys: frozenset[str] = frozenset()
         self.ready = False
-        self._open: Callable[[], Any] = lambda: open_store(repo)
-        self._get_app: Callable[[Any], ASGIApp] = get_app
+        self._repo = repo
         self._refresh_s = refresh_s
         self._store: Any = None
+        self._said = ""
 
     def look(self) -> None:
         """Open the store or read its registry again, once. What fails is tried again the next time."""
         try:
+            # Feast takes seconds to import, and on a busy node a minute; the server listens meanwhile.
+            from feast.feature_server import get_app
+
+            from mlplatform.features import open_store
+
             if self._store is None:
-                store = self._open()
+                store = open_store(self._repo)
                 # Feast notes retrievals in MLflow's active run; a server has none, and need not load MLflow.
                 store.config.mlflow.enabled = False
                 self._store = store
             self._store.refresh_registry()
             self.join_keys = frozenset(entity.join_key for entity in self._store.list_entities(allow_cache=True))
-            self.app = self.app or self._get_app(self._store)
+            self.app = self.app or get_app(self._store)
             self.ready = True
         except Exception as error:
             # Whatever it is, the thread must go on: the next registry may be readable.
             self.ready = self.ready or isinstance(error, RegistryError)
-            print(f"waiting: {type(error).__name__}: {error}", flush=True)
+            said = f"waiting: {type(error).__name__}: {error}"
+            if said != self._said:
+                print(said, flush=True)
+            self._said = said
 
     def watch(self) -> None:
         """Look again and again."""
         while True:
-            time.sleep(self._refresh_s)
             self.look()
+            time.sleep(self._refresh_s)
 
 
 class OnlineFeatures:
@@ -200,7 +203,6 @@ def main(arguments: list[str] | None = None) -> None:
     if not tokens and options.host not in {"127.0.0.1", "::1", "localhost"}:
         sys.exit(f"error: anyone who reaches {options.host} could read; set {TOKEN_VARIABLES[0]}")
     watcher = StoreWatcher(options.repo)
-    watcher.look()
     threading.Thread(target=watcher.watch, daemon=True).start()
     app = create_app(watcher, tokens)
     uvicorn.run(app, host=options.host, port=options.port, access_log=False, log_level="warning")
