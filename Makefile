@@ -29,7 +29,7 @@ test: $(GROUPS) ## Pass every test, on a platform of its own (DURATIONS=25 lists
 	@$(PYTEST)
 
 ##@ The platform on this machine
-.PHONY: up down status env lab serve ui attack clean
+.PHONY: up down status env lab serve serve-model ui attack clean
 up: $(READY) ## Start object store, online store and MLflow; wait until each answers
 	@$(CLI) up
 
@@ -47,6 +47,9 @@ lab: $(READY) ## Open JupyterLab on the platform
 
 serve: $(READY) ## Start the Feast feature server
 	@$(CLI) serve
+
+serve-model: $(VENV)/.serving ## Start the endpoint that serves the champion; adds the packages that it needs
+	@$(CLI) $@
 
 ui: $(READY) ## Start the Feast UI
 	@$(CLI) ui

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from mlplatform.errors import SettingsError
@@ -43,9 +44,10 @@ CLIENT_DEFAULTS = {
 }
 
 
-def _variable(name: str, *, secret: bool = False) -> str:
+def _variable(name: str, *, secret: bool = False, optional: bool = False) -> str:
     # The return type is the field's, not dataclasses.Field's, as in the standard library's own stubs.
-    return field(metadata={"variable": name}, repr=not secret)  # type: ignore[no-any-return]
+    default: dict[str, Any] = {"default": ""} if optional else {}
+    return field(metadata={"variable": name, "optional": optional}, repr=not secret, **default)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,8 @@ class Settings:
         feature_server: The Feast feature server, as `http://host:port`.
         feature_server_token: What a request to it carries as `Authorization: Bearer <token>`.
         feature_registry_key: What the feature registry's digest is made with.
+        model_endpoint: The endpoint that serves the champion, as `http://host:port`; empty where there is none.
+        model_endpoint_token: What a request to it carries as `Authorization: Bearer <token>`.
     """
 
     tracking_uri: str = _variable("MLFLOW_TRACKING_URI")
@@ -77,6 +81,8 @@ class Settings:
     feature_server: str = _variable("FEATURE_SERVER_URL")
     feature_server_token: str = _variable("FEATURE_SERVER_TOKEN", secret=True)
     feature_registry_key: str = _variable("FEATURE_REGISTRY_KEY", secret=True)
+    model_endpoint: str = _variable("MODEL_ENDPOINT_URL", optional=True)
+    model_endpoint_token: str = _variable("MODEL_ENDPOINT_TOKEN", secret=True, optional=True)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -90,17 +96,18 @@ class Settings:
         """
         if missing := missing_variables(environ):
             raise SettingsError(f"{', '.join(missing)} not set; run 'make up', or set them for a cluster")
-        for name in ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "FEATURE_SERVER_URL"):
-            if not environ[name].startswith(("http://", "https://")):
+        for name in ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "FEATURE_SERVER_URL", "MODEL_ENDPOINT_URL"):
+            if environ.get(name) and not environ[name].startswith(("http://", "https://")):
                 raise SettingsError(f"{name}={environ[name]} is no address; set it to http://host:port")
         if not _REDIS_FORM.fullmatch(environ["REDIS_CONNECTION_STRING"]):
             # The value is not shown, because it may hold a password.
             raise SettingsError("REDIS_CONNECTION_STRING is not in Feast's form; set it to host:port,password=...")
-        return cls(**{key: environ[name] for key, name in VARIABLES.items()})
+        return cls(**{key: environ.get(name, "") for key, name in VARIABLES.items()})
 
     def to_env(self) -> dict[str, str]:
         """Give the standard variables and `CLIENT_DEFAULTS`, for the environment of a process."""
-        return {name: getattr(self, key) for key, name in VARIABLES.items()} | CLIENT_DEFAULTS
+        values = {name: str(getattr(self, key)) for key, name in VARIABLES.items()}
+        return {name: value for name, value in values.items() if value} | CLIENT_DEFAULTS
 
     @property
     def redis_url(self) -> str:
@@ -116,11 +123,12 @@ class Settings:
 # host:port, then name=value pairs; an IPv6 address stands in brackets.
 _REDIS_FORM = re.compile(r"(\[[0-9a-fA-F:]+\]|[^:/,\[\]]+):\d+(,\w+=[^,]*)*")
 VARIABLES = {entry.name: entry.metadata["variable"] for entry in fields(Settings)}
+REQUIRED = tuple(entry.metadata["variable"] for entry in fields(Settings) if not entry.metadata["optional"])
 
 
 def missing_variables(environ: Mapping[str, str]) -> list[str]:
-    """List the standard variables that are missing or empty."""
-    return [name for name in VARIABLES.values() if not environ.get(name)]
+    """List the standard variables that are missing or empty; those of the endpoint may be."""
+    return [name for name in REQUIRED if not environ.get(name)]
 
 
 def find_root(start: Path | None = None) -> Path:

@@ -190,6 +190,17 @@ def ui() -> None:
 
 
 @app.command
+def serve_model() -> None:
+    """Start the endpoint that serves the champion."""
+    from mlplatform.model_client import readiness
+    from mlplatform_ops.runner import require_group
+
+    require_group("serving", what="the endpoint")
+    settings = _embedded().up(also=["model-endpoint"], notify=say)
+    say(f"model-endpoint: {readiness(settings.to_env())}  (token: make env)")
+
+
+@app.command
 def features(*, platform: PlatformName = "embedded", target: Target = CURRENT) -> None:
     """Register the features and materialise them to the online store.
 

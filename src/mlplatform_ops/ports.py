@@ -25,6 +25,7 @@ SERVICE_PORTS = {
     "mlflow": ServicePort("MLPLATFORM_MLFLOW_PORT", 5000),
     "feature-server": ServicePort("MLPLATFORM_FEATURE_SERVER_PORT", 6566),
     "feast-ui": ServicePort("MLPLATFORM_FEAST_UI_PORT", 6567),
+    "model-endpoint": ServicePort("MLPLATFORM_ENDPOINT_PORT", 3000),
 }
 # Below the ranges from which Linux and macOS take the local ports of outgoing connections.
 FREE_PORTS = range(20_000, 32_000)

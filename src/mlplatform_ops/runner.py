@@ -81,8 +81,22 @@ def check_group(notebook: Path) -> None:
     name = group(notebook)
     if name and name not in GROUPS:
         raise NotebookError(f"{notebook.stem} names the group {name!r}; there are: {', '.join(GROUPS)}")
-    if name and find_spec(GROUPS[name]) is None:
-        raise NotebookError(f"{notebook.stem} needs the packages of the group {name!r}; run 'make .venv/.{name}'")
+    if name:
+        require_group(name, what=notebook.stem)
+
+
+def require_group(name: str, *, what: str) -> None:
+    """Make sure that a group of packages is installed.
+
+    Args:
+        name: One of `GROUPS`.
+        what: What needs it, for the message.
+
+    Raises:
+        NotebookError: It is not installed.
+    """
+    if find_spec(GROUPS[name]) is None:
+        raise NotebookError(f"{what} needs the packages of the group {name!r}; run 'make .venv/.{name}'")
 
 
 def needs(notebook: Path) -> set[str]:

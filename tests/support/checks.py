@@ -25,8 +25,12 @@ COMPONENT = "app.kubernetes.io/component"
 # Who must reach whom, by component and port; whatever is not listed must be refused.
 TALKS = {
     ("buckets", "object-store", 9000),
+    ("endpoint", "object-store", 9000),
+    ("endpoint", "online-store", 6379),
+    ("endpoint", "tracking", 5000),
     ("feature-server", "object-store", 9000),
     ("feature-server", "online-store", 6379),
+    ("notebooks", "endpoint", 3000),
     ("notebooks", "feature-server", 6566),
     ("notebooks", "object-store", 9000),
     ("notebooks", "online-store", 6379),

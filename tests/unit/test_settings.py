@@ -7,7 +7,7 @@ import pytest
 
 from mlplatform.connection import connect
 from mlplatform.errors import ServiceDownError, SettingsError
-from mlplatform.settings import VARIABLES, Settings, state_folder
+from mlplatform.settings import REQUIRED, Settings, state_folder
 from mlplatform_ops.ports import free_port
 
 COMPLETE = {
@@ -31,7 +31,7 @@ def test_settings_survive_the_way_through_an_environment() -> None:
     assert Settings.from_env(settings.to_env()) == settings
 
 
-@pytest.mark.parametrize("name", VARIABLES.values())
+@pytest.mark.parametrize("name", REQUIRED)
 def test_a_missing_variable_is_named(name: str) -> None:
     with pytest.raises(SettingsError, match=rf"{name} not set; run 'make up'"):
         Settings.from_env({key: value for key, value in COMPLETE.items() if key != name})

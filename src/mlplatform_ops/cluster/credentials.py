@@ -21,9 +21,10 @@ from mlplatform_ops.service_files import Identity, mlflow_auth, object_store_ide
 
 VALUES = "values.env"
 PREVIOUS = "_PREVIOUS"
-Group = Literal["feature-server", "mlflow", "object-store", "redis"]
+Group = Literal["endpoint", "feature-server", "mlflow", "object-store", "redis"]
 # What `rotate` replaces together. A name and its password change as one, so that old and new can both be valid.
 GROUPS: dict[str, tuple[str, ...]] = {
+    "endpoint": ("MODEL_ENDPOINT_TOKEN",),
     "feature-server": ("FEATURE_SERVER_TOKEN",),
     "mlflow": ("MLFLOW_ADMIN_USERNAME", "MLFLOW_ADMIN_PASSWORD"),
     "object-store": ("S3_ACCESS_KEY", "S3_SECRET_KEY", "S3_READER_ACCESS_KEY", "S3_READER_SECRET_KEY"),
@@ -167,6 +168,8 @@ def derived_files(values: Mapping[str, str], *, postgres: bool, seaweedfs: bool)
                 "REDIS_CONNECTION_STRING": f"redis:6379,password={values['REDIS_PASSWORD']}",
                 "FEATURE_SERVER_TOKEN": values["FEATURE_SERVER_TOKEN"],
                 "FEATURE_REGISTRY_KEY": values["FEATURE_REGISTRY_KEY"],
+                # The endpoint takes both until the old one is retired.
+                **{name: value for name, value in values.items() if name.startswith("MODEL_ENDPOINT_TOKEN")},
             }
         ),
     }

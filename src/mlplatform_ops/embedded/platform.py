@@ -310,7 +310,7 @@ class EmbeddedPlatform:
             if service.probe:
                 service.probe(settings, PROBE_TIMEOUT_S)
             else:
-                urllib.request.urlopen(f"{self._url(service)}/health", timeout=PROBE_TIMEOUT_S).close()  # noqa: S310
+                urllib.request.urlopen(f"{self._url(service)}{service.health}", timeout=PROBE_TIMEOUT_S).close()  # noqa: S310
         except CredentialsError as error:
             raise ServiceDownError(f"{error}; another program may have taken its port") from error
         except (PlatformError, OSError):

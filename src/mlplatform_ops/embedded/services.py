@@ -24,8 +24,9 @@ class Service:
         name: Its name under the supervisor, and of its log.
         variable: The variable that sets its port.
         port: Its default port.
-        probe: Asks it for an authenticated answer and raises when there is none; without one, `/health` is asked.
+        probe: Asks it for an authenticated answer and raises when there is none; without one, `health` is asked.
         on_demand: Whether it waits for its own command instead of starting with the platform.
+        health: The path that is asked where there is no probe.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Service:
     port: int
     probe: Callable[[Settings, float], None] | None = None
     on_demand: bool = False
+    health: str = "/health"
 
 
 SERVICES = (
@@ -41,6 +43,7 @@ SERVICES = (
     Service("mlflow", *SERVICE_PORTS["mlflow"], probe_mlflow),
     Service("feature-server", *SERVICE_PORTS["feature-server"], on_demand=True),
     Service("feast-ui", *SERVICE_PORTS["feast-ui"], on_demand=True),
+    Service("model-endpoint", *SERVICE_PORTS["model-endpoint"], on_demand=True, health="/healthz"),
 )
 FOLDERS = ("logs", "object-store", "online-store", "mlflow", "tmp", "certificates")
 FILES = (
@@ -67,6 +70,7 @@ INNER_PORTS = (
 SECRETS = (
     "FEATURE_REGISTRY_KEY",
     "FEATURE_SERVER_TOKEN",
+    "MODEL_ENDPOINT_TOKEN",
     "AWS_SECRET_ACCESS_KEY",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_FLASK_SERVER_SECRET_KEY",
@@ -211,6 +215,7 @@ def addresses(environment: Mapping[str, str]) -> dict[str, str]:
             f"{HOST}:{environment['MLPLATFORM_REDIS_PORT']},password={environment['MLPLATFORM_REDIS_PASSWORD']}"
         ),
         "FEATURE_SERVER_URL": f"http://{HOST}:{environment['MLPLATFORM_FEATURE_SERVER_PORT']}",
+        "MODEL_ENDPOINT_URL": f"http://{HOST}:{environment['MLPLATFORM_ENDPOINT_PORT']}",
     }
 
 

@@ -1,0 +1,1 @@
+"""The champion behind HTTP: a BentoML service over `mlplatform.serving`."""

@@ -1,0 +1,45 @@
+"""Serve the champion: `python -m mlplatform_serving --port 3000`, with the platform's variables in the environment.
+
+`bentoml serve` starts a supervisor, a worker and a resource tracker, and reports usage. Here one process serves; two
+replicas are two of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+
+from mlplatform.connection import hasten_feast
+from mlplatform.registry import MODEL_NAME
+from mlplatform_serving.gate import TOKEN_VARIABLE, Gate
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Serve until told to stop."""
+    parser = argparse.ArgumentParser(prog="python -m mlplatform_serving", description="Serve the champion over HTTP.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=3000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--model", default=MODEL_NAME, help="the registered model (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="bentoml-") as home:
+        # Read when bentoml is imported. It would make folders in the user's home and report to its maker.
+        os.environ.update(BENTOML_HOME=home, BENTOML_DO_NOT_TRACK="True")
+        hasten_feast()
+        try:
+            import bentoml  # noqa: F401
+            import uvicorn
+        except ImportError:
+            sys.exit("error: the packages of the group 'serving' are not installed; run 'make .venv/.serving'")
+        from mlplatform_serving import service
+
+        service.MODEL = options.model
+        # While a token is being replaced, the one before it is valid too.
+        tokens = [value for name in (TOKEN_VARIABLE, f"{TOKEN_VARIABLE}_PREVIOUS") if (value := os.environ.get(name))]
+        app = Gate(service.application(), lambda: service.predictor().problem, tokens=tokens)
+        uvicorn.run(app, host=options.host, port=options.port, access_log=False, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

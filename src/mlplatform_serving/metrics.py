@@ -1,0 +1,50 @@
+"""What the endpoint counts, for Prometheus."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from mlplatform.serving import Prediction, ServedModel
+
+_DAY_S = 86_400.0
+
+# A registry of its own: BentoML and others write into the default one.
+REGISTRY = CollectorRegistry()
+REQUESTS = Counter("endpoint_requests", "Requests answered", ("path", "status"), registry=REGISTRY)
+SECONDS = Histogram(
+    "endpoint_request_seconds",
+    "Time from a request's first byte to the answer's last, in seconds",
+    ("path",),
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0),
+    registry=REGISTRY,
+)
+PREDICTIONS = Counter("endpoint_predictions", "Scores given, by version of the model", ("version",), registry=REGISTRY)
+UNKNOWN = Counter("endpoint_unknown_users", "Users of whom the online store holds nothing", registry=REGISTRY)
+MODEL = Gauge("endpoint_model_version", "Version of the model that holds the alias; 0 for none", registry=REGISTRY)
+AGE = Histogram(
+    "endpoint_feature_age_seconds",
+    "Age of the oldest online feature used for a score, in seconds",
+    buckets=(3_600.0, _DAY_S, 7 * _DAY_S, 30 * _DAY_S, 90 * _DAY_S, 365 * _DAY_S, 730 * _DAY_S, 1_460 * _DAY_S),
+    registry=REGISTRY,
+)
+
+
+def count(model: ServedModel, predictions: Sequence[Prediction]) -> None:
+    """Count what one request was answered."""
+    MODEL.set(model.version)
+    now = time.time()
+    for prediction in predictions:
+        if prediction.score is None:
+            UNKNOWN.inc()
+            continue
+        PREDICTIONS.labels(str(prediction.version)).inc()
+        if prediction.oldest:
+            AGE.observe(now - prediction.oldest)
+
+
+def page() -> bytes:
+    """Give all figures in Prometheus' text form."""
+    return generate_latest(REGISTRY)

@@ -1,0 +1,305 @@
+"""The endpoint as a process, on the platform: what it answers, refuses and follows."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import mlflow
+import pandas as pd
+import pytest
+import requests
+from xgboost import XGBClassifier
+
+from mlplatform import features, history, income, model_client, modeling, registry, serving, tracking
+from mlplatform.errors import CredentialsError, DataError, ServiceDownError
+from mlplatform.settings import Settings
+
+ROOT = Path(__file__).parents[3]
+TOKEN = "test-token"  # noqa: S105 - of servers that live for one test
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+PERSON = {
+    "Workclass": "Private",
+    "Education": "Bachelors",
+    "Marital-Status": "Never-married",
+    "Occupation": "Sales",
+    "Relationship": "Own-child",
+    "Race": "White",
+    "Sex": "Male",
+    "Native_country": "United-States",
+}
+
+
+@contextmanager
+def endpoint(name: str) -> Iterator[str]:
+    """Run the endpoint for a registered model on a free port, and give its address once it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlplatform_serving", "--port", str(port), "--model", name],
+        cwd=ROOT / "feature_repo",
+        env={**os.environ, "MODEL_ENDPOINT_TOKEN": TOKEN},
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(1_200):
+            assert process.poll() is None, f"the endpoint ended with {process.returncode}"
+            try:
+                requests.get(f"{url}/healthz", timeout=5)
+            except requests.ConnectionError:
+                time.sleep(0.1)
+            else:
+                break
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def name(platform: Settings) -> Iterator[str]:
+    """A registered model of these tests' own, with two versions that answer differently; the first is the champion."""
+    mlflow.set_experiment(f"test-{uuid4()}")
+    frame = income.read_income(ROOT / "data" / "income_data.csv")
+    train, test = income.split(frame, seed=42)
+    data = tracking.write_datasets(train, test, frame)
+    chosen = f"test-{uuid4()}"
+    for trees in (20, 40):
+        run = tracking.fit_and_log(f"{trees} trees", XGBClassifier(n_estimators=trees, max_depth=4, n_jobs=2), data)
+        registry.register(run.run_id, name=chosen)
+    mlflow.MlflowClient().set_registered_model_alias(chosen, "champion", "1")
+    yield chosen
+    mlflow.MlflowClient().delete_registered_model(chosen)
+
+
+@pytest.fixture(scope="module")
+def store(platform: Settings) -> Any:
+    features.build(ROOT / "data" / "income_data.csv", ROOT / "feature_repo", notify=lambda _: None)
+    return features.open_store(ROOT / "feature_repo")
+
+
+@pytest.fixture(scope="module")
+def url(name: str, store: Any) -> Iterator[str]:
+    with endpoint(name) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def environ(url: str) -> dict[str, str]:
+    return {"MODEL_ENDPOINT_URL": url, "MODEL_ENDPOINT_TOKEN": TOKEN}
+
+
+def post(url: str, path: str, body: object, **headers: str) -> requests.Response:
+    given = {"Content-Type": "application/json", **BEARER, **headers}
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return requests.post(f"{url}/{path}", data=raw, headers=given, timeout=20)
+
+
+def test_people_are_answered_as_the_pipeline_answers(url: str, environ: dict[str, str], name: str):
+    frame = income.read_income(ROOT / "data" / "income_data.csv").head(500)
+    answer = model_client.predict(frame, environ=environ)
+    expected = modeling.probabilities(registry.load_model(name=name), frame)
+    assert answer["score"].tolist() == expected.tolist()
+    whole = post(url, "predict", {"people": [PERSON]}).json()
+    assert (whole["model"], whole["model_version"], whole["feature_service"]) == (name, 1, "income_v1")
+
+
+def test_users_are_answered_from_online_features_and_a_stranger_is_null_with_a_reason(
+    environ: dict[str, str], name: str, store: Any
+):
+    users = [history.STEADY_USER, "a-stranger", history.CHANGING_USER]
+    answer = model_client.predict_users(users, environ=environ)
+    known = features.read_online(store, [users[0], users[2]])
+    expected = modeling.probabilities(registry.load_model(name=name), known).tolist()
+    assert [answer["score"][0], answer["score"][2]] == expected
+    assert answer["score"].isna().tolist() == [False, True, False]
+    assert answer["reason"].tolist() == [None, serving.UNKNOWN_USER, None]
+    assert answer["model_version"].tolist() == [1, 1, 1]
+
+
+def test_the_fast_read_equals_feasts_own_answer_for_every_user(store: Any, platform: Settings):
+    reader = serving.OnlineReader(store, "income_v1", platform.redis_url)
+    versions = history.build_history(income.read_income(ROOT / "data" / "income_data.csv"))
+    users = [*versions["user_id"].drop_duplicates(), "a-stranger"]
+    assert len(users) == 28_067
+    fast = reader.read(users)
+    slow = features.read_online(store, users)
+    assert [entry.row is not None for entry in fast] == slow["found"].tolist()
+    assert not slow["found"].iloc[-1]
+    expected = modeling.inputs(slow.iloc[:-1])
+    pd.testing.assert_frame_equal(
+        pd.DataFrame([entry.row for entry in fast[:-1]], columns=list(income.COLUMNS)), expected, check_dtype=False
+    )
+    assert fast[users.index(history.STEADY_USER)].oldest == history.STEADY_TIME.timestamp()
+
+
+@pytest.mark.parametrize("path", ["predict", "predict_users"])
+def test_without_the_token_nothing_is_answered(url: str, path: str):
+    for given in ("", "Bearer other", f"Basic {TOKEN}"):
+        assert post(url, path, {"people": [PERSON], "users": ["x"]}, Authorization=given).status_code == 401
+    with pytest.raises(CredentialsError, match="refuses the token; check MODEL_ENDPOINT_TOKEN"):
+        model_client.predict_users(["x"], environ={"MODEL_ENDPOINT_URL": url, "MODEL_ENDPOINT_TOKEN": "other"})
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return Path.write_text, (Path("/nowhere/never"), "written by a pickle")
+
+
+@pytest.mark.parametrize("media", ["application/vnd.bentoml+pickle", "application/octet-stream", "multipart/form-data"])
+def test_a_pickle_is_refused_and_never_loaded(url: str, media: str):
+    reply = post(url, "predict", pickle.dumps(Evil()), **{"Content-Type": media})
+    assert (reply.status_code, reply.json()) == (415, {"detail": "send JSON: -H 'Content-Type: application/json'"})
+
+
+def test_a_pickle_that_says_it_is_json_is_no_json(url: str):
+    assert post(url, "predict", pickle.dumps(Evil())).status_code == 400
+
+
+def test_a_field_that_is_wrong_is_named(url: str):
+    less = {key: value for key, value in PERSON.items() if key != "Sex"}
+    for people, where in {
+        "missing": [less],
+        "a number": [{**PERSON, "Sex": 3}],
+        "null": [{**PERSON, "Sex": None}],
+        "empty": [{**PERSON, "Sex": ""}],
+        "long": [{**PERSON, "Sex": "x" * 101}],
+    }.items():
+        reply = post(url, "predict", {"people": where})
+        assert reply.status_code == 400, people
+        assert reply.json()["detail"][0]["loc"] == ["people", 0, "Sex"], people
+    extra = post(url, "predict", {"people": [{**PERSON, "Income": "1"}]})
+    assert extra.json()["detail"][0]["loc"] == ["people", 0, "Income"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"people": []}',
+        b'{"people": {}}',
+        b'{"people": ["\\ud800"]}',
+        b"\xff",
+        b"[" * 5_000,
+    ],
+    ids=["nothing", "half", "list", "null", "empty", "object", "half a character", "no UTF-8", "deep"],
+)
+def test_a_body_that_is_no_question_is_the_callers_fault(url: str, body: bytes):
+    assert post(url, "predict", body).status_code == 400
+    assert post(url, "predict_users", body).status_code == 400
+
+
+def test_more_rows_or_bytes_than_the_bound_are_refused(url: str):
+    assert post(url, "predict_users", {"users": ["x"] * 1_001}).status_code == 400
+    assert post(url, "predict_users", {"users": ["x" * 1_000_001]}).status_code == 413
+    # Sent in pieces, a body does not say its size.
+    pieces = (b"x" * 100_000 for _ in range(11))
+    headers = {"Content-Type": "application/json", **BEARER}
+    assert requests.post(f"{url}/predict", data=pieces, headers=headers, timeout=20).status_code == 413
+
+
+def test_a_body_that_says_it_is_too_large_is_not_waited_for(url: str):
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+    connection.putrequest("POST", "/predict")
+    for header, value in {"Content-Type": "application/json", "Content-Length": "1000001", **BEARER}.items():
+        connection.putheader(header, value)
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_the_page_that_loads_a_tag_manager_is_not_served(url: str):
+    for path in ("", "static_content/index.css", "schema.json", "livez", "predict", "docs.json/../"):
+        reply = requests.get(f"{url}/{path}", timeout=20)
+        assert reply.status_code == 404, path
+        assert "googletagmanager" not in reply.text
+    described = requests.get(f"{url}/docs.json", timeout=20).json()
+    assert {"/predict", "/predict_users"} <= set(described["paths"])
+    assert set(described["components"]["schemas"]["Person"]["properties"]) == set(income.COLUMNS)
+
+
+def test_what_is_counted_is_what_was_asked(url: str):
+    def figures() -> dict[str, float]:
+        lines = requests.get(f"{url}/metrics", timeout=20).text.splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+    before = figures()
+    post(url, "predict_users", {"users": [history.STEADY_USER, "a-stranger"]})
+    post(url, "predict_users", {"users": 3})
+    after = figures()
+    grown = {key: after[key] - before.get(key, 0) for key in after if after[key] != before.get(key, 0)}
+    assert grown['endpoint_requests_total{path="/predict_users",status="200"}'] == 1
+    assert grown['endpoint_requests_total{path="/predict_users",status="400"}'] == 1
+    assert grown['endpoint_predictions_total{version="1"}'] == 1
+    assert grown["endpoint_unknown_users_total"] == 1
+    assert grown['endpoint_request_seconds_count{path="/predict_users"}'] == 2
+    # The steady user's features are of January 2023: older than the last bound but one.
+    assert grown["endpoint_feature_age_seconds_count"] == 1
+    assert after["endpoint_model_version"] == 1
+
+
+def test_a_moved_alias_is_followed_without_a_failed_request(url: str, name: str):
+    seen: list[tuple[int, int]] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        with requests.Session() as session:
+            while not done.is_set():
+                reply = session.post(f"{url}/predict", json={"people": [PERSON]}, headers=BEARER, timeout=20)
+                seen.append((reply.status_code, reply.json().get("model_version", 0)))
+
+    askers = [threading.Thread(target=ask) for _ in range(4)]
+    for asker in askers:
+        asker.start()
+    try:
+        for version in (2, 1):
+            mlflow.MlflowClient().set_registered_model_alias(name, "champion", str(version))
+            deadline = time.monotonic() + 60
+            while not seen or seen[-1][1] != version:
+                assert time.monotonic() < deadline, f"version {version} never answered"
+                time.sleep(0.05)
+    finally:
+        done.set()
+        for asker in askers:
+            asker.join()
+    assert {status for status, _ in seen} == {200}
+    assert {version for _, version in seen} == {1, 2}
+
+
+def test_without_a_champion_it_is_alive_not_ready_and_says_why(platform: Settings):
+    with endpoint("nobody-registered-this") as url:
+        assert requests.get(f"{url}/healthz", timeout=20).status_code == 200
+        assert requests.get(f"{url}/readyz", timeout=20).status_code == 503
+        environ = {"MODEL_ENDPOINT_URL": url, "MODEL_ENDPOINT_TOKEN": TOKEN}
+        assert model_client.readiness(environ).startswith("no alias 'champion' on 'nobody-registered-this'; run ")
+        with pytest.raises(ServiceDownError, match=r"503 .*no alias 'champion' on .*run 'make run'"):
+            model_client.predict_users(["x"], environ=environ)
+
+
+def test_an_endpoint_that_is_down_or_unnamed_is_named_with_what_to_run():
+    for environ in ({"MODEL_ENDPOINT_URL": "http://127.0.0.1:9"}, {}):
+        with pytest.raises(ServiceDownError, match="run 'make serve-model'"):
+            model_client.predict_users(["x"], environ=environ)
+
+
+def test_a_wrong_value_is_an_error_of_the_data(environ: dict[str, str]):
+    with pytest.raises(DataError, match="400"):
+        model_client.predict_users([], environ=environ)
+    with pytest.raises(DataError, match="the rows lack Sex"):
+        model_client.predict(pd.DataFrame([PERSON]).drop(columns="Sex"), environ=environ)

@@ -1,0 +1,143 @@
+"""The compiled champion and the watch on its alias: no server needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline
+from xgboost import XGBClassifier
+
+from mlplatform import income, modeling, registry, serving
+from mlplatform.errors import ServiceDownError
+
+CSV = Path(__file__).parents[2] / "data" / "income_data.csv"
+
+
+@pytest.fixture(scope="module")
+def frame() -> pd.DataFrame:
+    return income.read_income(CSV)
+
+
+@pytest.fixture(scope="module")
+def boosted(frame: pd.DataFrame) -> Pipeline:
+    train, _ = income.split(frame, seed=42)
+    model = modeling.make_pipeline(XGBClassifier(n_estimators=20, max_depth=4, n_jobs=2))
+    return model.fit(modeling.inputs(train), modeling.labels(train))
+
+
+def test_the_compiled_form_equals_the_pipeline_on_every_row_to_the_last_bit(boosted: Pipeline, frame: pd.DataFrame):
+    score, compiled, remark = serving.compile_model(boosted, frame)
+    assert (compiled, remark) == (True, "the compiled form equals the pipeline on 30162 reference rows")
+    assert score(modeling.inputs(frame).to_numpy().tolist()) == modeling.probabilities(boosted, frame).tolist()
+
+
+def test_one_row_is_answered_like_the_same_row_in_a_batch(boosted: Pipeline, frame: pd.DataFrame):
+    score = serving.CompiledModel(boosted)
+    rows = modeling.inputs(frame.head(50)).to_numpy().tolist()
+    assert [score([row])[0] for row in rows] == score(rows)
+
+
+def test_a_compiled_form_that_differs_in_one_row_is_not_used(
+    boosted: Pipeline, frame: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+):
+    true = serving.CompiledModel.__call__
+
+    def wrong(self: serving.CompiledModel, rows: list[list[str]]) -> list[float]:
+        answers = true(self, rows)
+        return [0.5, *answers[1:]]
+
+    monkeypatch.setattr(serving.CompiledModel, "__call__", wrong)
+    score, compiled, remark = serving.compile_model(boosted, frame)
+    assert (compiled, remark[:36]) == (False, "the compiled form differs in 1 of 77")
+    assert (
+        score(modeling.inputs(frame.head(3)).to_numpy().tolist())
+        == modeling.probabilities(boosted, frame.head(3)).tolist()
+    )
+
+
+def test_a_category_that_only_unseen_rows_have_is_compared_too(boosted: Pipeline, frame: pd.DataFrame):
+    rows = serving._probe_rows(frame)
+    strange = [row for row in rows if serving._NEVER_SEEN in row]
+    assert [row.index(serving._NEVER_SEEN) for row in strange] == list(range(8))
+
+
+def test_an_estimator_of_scikit_learn_answers_by_its_pipeline(frame: pd.DataFrame):
+    model = modeling.make_pipeline(LogisticRegression(max_iter=50, tol=0.1))
+    model.fit(modeling.inputs(frame.head(2_000)), modeling.labels(frame.head(2_000)))
+    score, compiled, remark = serving.compile_model(model, frame)
+    assert (compiled, remark) == (False, "LogisticRegression is not compiled: the pipeline answers")
+    assert (
+        score(modeling.inputs(frame.head(3)).to_numpy().tolist())
+        == modeling.probabilities(model, frame.head(3)).tolist()
+    )
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the registry hold a version, without a registry."""
+
+    def hold(version: int) -> None:
+        monkeypatch.setattr(registry, "find", lambda *_, **__: SimpleNamespace(version=str(version)))
+        model = serving.ServedModel("m", version, "s", lambda rows: [version / 10] * len(rows), True, "made up")
+        monkeypatch.setattr(serving, "load", lambda *_, **__: model)
+
+    return hold
+
+
+def test_a_moved_alias_is_followed_and_a_known_version_is_not_loaded_again(
+    served: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+):
+    follower = serving.Follower()
+    for version in (1, 2):
+        served(version)
+        follower.look()
+        assert follower.current is not None
+        assert follower.current.version == version
+    served(1)
+    monkeypatch.delattr(serving, "load")
+    follower.look()
+    assert follower.current.version == 1
+
+
+def test_while_the_registry_is_away_or_a_version_is_broken_the_old_one_answers(
+    served: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+):
+    said: list[str] = []
+    follower = serving.Follower(notify=said.append)
+    served(1)
+    follower.look()
+
+    def away(*_: object, **__: object) -> None:
+        raise ServiceDownError("the MLflow server does not answer")
+
+    served(2)
+    for broken in ((serving, "load"), (registry, "find")):
+        monkeypatch.setattr(*broken, away)
+        follower.look()
+        assert follower.current is not None
+        assert follower.current.version == 1
+    assert said[1:] == ["waiting: the MLflow server does not answer"]
+
+
+def test_before_there_is_a_champion_the_answer_says_what_to_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry, "find", lambda *_, **__: None)
+    follower = serving.Follower()
+    predictor = serving.Predictor(follower, lambda: pytest.fail("nothing is read without a model"))
+    follower.look()
+    with pytest.raises(ServiceDownError, match=r"no model answers yet: no alias 'champion' .*; run 'make run'"):
+        predictor.users(["x"])
+
+
+def test_the_key_of_a_user_is_the_one_that_feast_makes():
+    from feast.infra.key_encoding_utils import serialize_entity_key
+    from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+    from feast.protos.feast.types.Value_pb2 import Value
+
+    for user in ("a-user", "Übergröße", "x" * 300):
+        key = EntityKey(join_keys=["user_id"], entity_values=[Value(string_val=user)])
+        assert serving._key(user, "income") == serialize_entity_key(key, 3) + b"income"
