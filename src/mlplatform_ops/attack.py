@@ -21,6 +21,7 @@ from typing import Any
 
 from mlplatform.settings import BUCKETS
 from mlplatform_ops.embedded.services import make_certificates
+from mlplatform_ops.ports import Listener
 
 TIMEOUT_S = 4.0
 AT_ONCE = 8
@@ -125,24 +126,6 @@ _TRICKS = (
     "/.git/config",
     "/" + "a" * 6000,
 )
-
-
-@dataclass(frozen=True)
-class Listener:
-    """A socket on which a process of the platform listens.
-
-    Attributes:
-        service: Whose it is.
-        address: `host:port`, or the path of a Unix socket.
-    """
-
-    service: str
-    address: str
-
-    @property
-    def unix(self) -> bool:
-        """Whether it is a Unix socket."""
-        return self.address.startswith("/")
 
 
 @dataclass(frozen=True)

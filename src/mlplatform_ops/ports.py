@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlplatform.errors import PortTakenError, SettingsError
@@ -17,6 +18,24 @@ class ServicePort(NamedTuple):
 
     variable: str
     port: int
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A socket on which a process of the platform listens.
+
+    Attributes:
+        service: Whose it is.
+        address: `host:port`, or the path of a Unix socket.
+    """
+
+    service: str
+    address: str
+
+    @property
+    def unix(self) -> bool:
+        """Whether it is a Unix socket."""
+        return self.address.startswith("/")
 
 
 SERVICE_PORTS = {

@@ -19,6 +19,7 @@ import pytest
 from mlplatform.settings import BUCKETS, Settings
 from mlplatform_ops import attack
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
+from mlplatform_ops.ports import Listener
 
 ROOT = Path(__file__).parents[2]
 WEED = Path(sys.executable).with_name("weed")
@@ -87,7 +88,7 @@ def test_whoever_has_the_certificate_gets_in_by_the_same_attempts(embedded: Embe
     state = embedded.state
     environment = json.loads((state / "settings.json").read_text())["environment"]
     for part in ("MASTER", "FILER", "VOLUME"):
-        listener = attack.Listener("object-store", f"127.0.0.1:{environment[f'MLPLATFORM_WEED_{part}_GRPC_PORT']}")
+        listener = Listener("object-store", f"127.0.0.1:{environment[f'MLPLATFORM_WEED_{part}_GRPC_PORT']}")
         certificates = state / "certificates"
         attempts = {
             attempt.door.split(", ")[1].split(":")[0]: attempt.held

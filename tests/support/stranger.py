@@ -19,7 +19,8 @@ import cryptography.hazmat.primitives.serialization
 import cryptography.x509.oid  # noqa: F401
 import grpc  # noqa: F401
 
-from mlplatform_ops.attack import Listener, attack
+from mlplatform_ops.attack import attack
+from mlplatform_ops.ports import Listener
 
 NOBODY = 65534
 

@@ -32,7 +32,6 @@ from mlplatform.settings import (
     read_settings,
     read_state,
 )
-from mlplatform_ops.attack import Listener
 from mlplatform_ops.console import Notify
 from mlplatform_ops.embedded.services import (
     CONTENTS,
@@ -53,7 +52,7 @@ from mlplatform_ops.embedded.services import (
 )
 from mlplatform_ops.embedded.supervisor import Supervisor, end_processes, processes_of
 from mlplatform_ops.files import private_folder, write_private
-from mlplatform_ops.ports import HOST
+from mlplatform_ops.ports import HOST, Listener
 
 START_TIMEOUT_S = 180.0
 PROBE_TIMEOUT_S = 3.0
