@@ -10,19 +10,12 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
+from mlplatform_pipeline.variables import ADDRESS_VARIABLES, SECRET_VARIABLES
+
 IMAGE = "mlplatform:0.1.0"  # built from this repository, see deploy/README.md
 CREDENTIALS = "platform-client"
 ADDRESSES = "pipeline-addresses"
 LABEL = "app.kubernetes.io/component", "pipeline-step"
-SECRET_VARIABLES = (
-    "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "REDIS_CONNECTION_STRING",
-    "FEATURE_SERVER_TOKEN",
-)
-ADDRESS_VARIABLES = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "FEATURE_SERVER_URL")
 
 
 def step(function: Callable[..., Any]) -> Any:
