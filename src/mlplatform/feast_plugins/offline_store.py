@@ -36,8 +36,8 @@ from mlplatform.errors import DataError
 from mlplatform.feast_plugins.duckdb_s3 import connection, duckdb_errors, microseconds, quote_name
 from mlplatform.feast_plugins.parquet_source import ParquetFile, _in_utc, check_endpoint, filesystem, quoted
 from mlplatform.feast_plugins.point_in_time import Lookup, point_in_time, tie_breakers
+from mlplatform.history import EVENT_TIMESTAMP
 
-EVENT_TIMESTAMP = "event_timestamp"
 # How far back a range without a start reaches where no view has a ttl; Feast's own choice.
 DEFAULT_RANGE = timedelta(days=30)
 
