@@ -99,11 +99,13 @@ def test_autologging_recorded_the_use_of_each_column(trained: dict[str, dict]) -
 
 
 def test_every_run_has_three_data_sets_that_load_back(run: Run) -> None:
-    inputs = {entry.tags[0].value: mlflow.data.get_source(entry) for entry in run.inputs.dataset_inputs}
-    assert set(inputs) == {"training", "testing", "reference", "eval"}
-    assert inputs.pop("eval").to_dict() == inputs["testing"].to_dict()
-    assert all(source.to_dict()["uri"].startswith("s3://mlflow-datasets/") for source in inputs.values())
-    frames = {context: pd.read_parquet(source.load()) for context, source in inputs.items()}
+    addresses = {data.context: data.uri for data in tracking.data_sets(run)}
+    # MLflow's evaluation records its rows too, with the prefix of its metrics as the context.
+    assert set(addresses) == {"training", "testing", "reference", "evaluation_"}
+    assert addresses["evaluation_"] == addresses["testing"]
+    assert all(uri.startswith("s3://mlflow-datasets/") for uri in addresses.values())
+    sources = {entry.dataset.name: mlflow.data.get_source(entry) for entry in run.inputs.dataset_inputs}
+    frames = {context: pd.read_parquet(sources[f"income-{context}"].load()) for context in tracking.CONTEXTS}
     assert [len(frames[context]) for context in tracking.CONTEXTS] == [24_129, 6_033, 30_162]
     both = pd.concat([frames["training"], frames["testing"]])
     pd.testing.assert_series_equal(both.value_counts().sort_index(), frames["reference"].value_counts().sort_index())
@@ -118,7 +120,7 @@ def test_every_run_has_one_model_of_raw_categories_and_no_pickle(run: Run) -> No
     stored = objectstore.list_objects(f"s3://mlflow-artifacts/{run.info.experiment_id}/")["uri"]
     files = stored[stored.str.contains(f"/{run.info.run_id}/|/{info.model_id}/")]
     assert files.str.endswith("/model.skops").sum() == 1
-    assert set(files.map(lambda file: Path(file).suffix)) <= {"", ".skops", ".txt", ".yaml", ".json", ".png"}
+    assert set(files.map(lambda file: Path(file).suffix)) <= {"", ".skops", ".txt", ".yaml", ".json", ".png", ".md"}
     [requirements] = files[files.str.endswith("/requirements.txt")]
     assert b"cloudpickle" not in objectstore.read_bytes(requirements)
 
