@@ -9,7 +9,7 @@ from feast.types import String
 # One team keeps the repository; a view that another team keeps names that team.
 AUTHORS = "mlplatform"
 USED_BY = "income-above-50k"
-# A value older than this is no longer offered for training. Feast does not apply it online.
+# A value older than this is no longer offered for training. Online, `expire_online` in feature_store.yaml decides.
 TTL = timedelta(days=365)
 
 demographic_source = FileSource(

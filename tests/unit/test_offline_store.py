@@ -5,6 +5,7 @@ Files lie in a folder here, so that no server is needed; `tests/notebooks` asks 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +26,8 @@ from mlplatform.feast_plugins import duckdb_s3, point_in_time
 from mlplatform.feast_plugins.parquet_source import ParquetFile
 
 TTL = timedelta(days=30)
+# CI asks 2,000 times once; a hundred take some ten seconds here.
+EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "100"))
 START = pd.Timestamp("2023-01-01", tz="UTC")
 FEATURES = ["short:job", "long:town", "long:rooms"]
 
@@ -167,6 +170,103 @@ def test_every_row_asked_gets_what_another_as_of_join_gives(repo: Repo, drawn):
     assert plain(answer["job"]) == as_of(entity_df, versions, "job", TTL)
     assert plain(answer["town"]) == as_of(entity_df, versions, "town", None)
     assert plain(answer["rooms"]) == as_of(entity_df, versions, "rooms", None)
+
+
+# Two keys, rows of one moment, other names in the file, a time of writing or none, and a range in place of a frame.
+
+PLACES = [2**53, 2**53 + 1, -1]
+instants = st.integers(0, 6).map(lambda step: step * 10 * DAY_US)
+visits = st.lists(
+    st.tuples(users, st.sampled_from(PLACES), instants, st.integers(0, 2), st.sampled_from(["a", "b", None])),
+    min_size=1,
+    max_size=15,
+)
+
+
+@st.composite
+def two_key_questions(draw: st.DrawFn) -> tuple[pd.DataFrame, pd.DataFrame, bool]:
+    """Draw visits with many ties, and questions about their very moments."""
+    rows = draw(visits)
+    stored = pd.DataFrame(rows, columns=["who", "where", "offset", "wrote", "said"])
+    stored["when"] = START + pd.to_timedelta(stored.pop("offset"), unit="us")
+    stored["written"] = START + pd.to_timedelta(stored.pop("wrote"), unit="D")
+    asked = draw(st.lists(st.tuples(users, st.sampled_from(PLACES), instants), min_size=1, max_size=15))
+    moments = START + pd.to_timedelta([offset for *_, offset in asked], unit="us")
+    zone = draw(st.sampled_from(["UTC", "Asia/Kolkata", "America/St_Johns"]))
+    entity_df = pd.DataFrame(
+        {
+            "user_id": [user for user, *_ in asked],
+            "place_id": [place for _, place, _ in asked],
+            "event_timestamp": moments.tz_convert(zone),
+        }
+    )
+    return stored, entity_df, draw(st.booleans())
+
+
+def expected_visit(stored: pd.DataFrame, user: str, place: int, moment: pd.Timestamp, has_created: bool) -> object:
+    """Look through all rows, one by one: the latest, then the last written, then the greatest content."""
+    best, answer = None, None
+    for row in stored.itertuples():
+        if (row.who, row.where) == (user, place) and moment - TTL <= row.when <= moment:
+            said = (row.said is not None, row.said or "")
+            rank = (row.when, row.written, said) if has_created else (row.when, said)
+            if best is None or rank > best:
+                best, answer = rank, row.said
+    return answer
+
+
+@pytest.fixture(scope="module")
+def visit_store(repo: Repo, tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, Path]:
+    folder = tmp_path_factory.mktemp("visits")
+    store = FeatureStore(config=repo.store.config.model_copy(update={"project": "visits"}))
+    mapping = {"who": "user_id", "where": "place_id", "when": "at", "said": "word"}
+    keys = [
+        Entity(name="user", join_keys=["user_id"], value_type=ValueType.STRING),
+        Entity(name="place", join_keys=["place_id"], value_type=ValueType.INT64),
+    ]
+    views = [
+        FeatureView(
+            name=name,
+            entities=keys,
+            ttl=TTL,
+            schema=[Field(name="word", dtype=String)],
+            source=FileSource(
+                name=name,
+                path=str(folder / "visits.parquet"),
+                timestamp_field="at",
+                created_timestamp_column=created,
+                field_mapping=mapping,
+            ),
+        )
+        for name, created in (("with_created", "written"), ("without", ""))
+    ]
+    store.apply([*keys, *views])
+    return store, folder
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=two_key_questions())
+def test_two_keys_ties_ranges_and_other_names_give_what_a_look_through_all_rows_gives(visit_store, drawn):
+    stored, entity_df, has_created = drawn
+    store, folder = visit_store
+    # The file also has columns called like the mapped names, which must not be taken.
+    decoys = {"at": START, "word": "decoy", "user_id": "decoy", "place_id": 0}
+    table = pa.Table.from_pandas(stored.assign(**decoys), preserve_index=False)
+    said = table.column_names.index("said")
+    pq.write_table(table.set_column(said, "said", table["said"].cast(pa.string())), folder / "visits.parquet")
+    name = "with_created" if has_created else "without"
+    answer = store.get_historical_features(entity_df, [f"{name}:word"]).to_df()
+    asked = zip(entity_df["user_id"], entity_df["place_id"], entity_df["event_timestamp"], strict=True)
+    assert plain(answer["word"]) == [expected_visit(stored, *row, has_created) for row in asked]
+    end = START + pd.Timedelta(days=30)
+    ranged = store.get_historical_features(
+        None, [f"{name}:word"], start_date=START.to_pydatetime(), end_date=end.to_pydatetime()
+    ).to_df()
+    within = stored[stored["when"] <= end]
+    known = sorted(set(zip(within["who"], within["where"], within["when"], strict=True)))
+    found = list(zip(ranged["user_id"], ranged["place_id"], ranged["event_timestamp"], strict=True))
+    assert found == known
+    assert plain(ranged["word"]) == [expected_visit(stored, *row, has_created) for row in known]
 
 
 def test_a_value_counts_from_its_very_microsecond_to_its_ttl_and_no_longer(two_versions):

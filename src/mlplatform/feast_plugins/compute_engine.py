@@ -198,6 +198,10 @@ def _timestamps(times: pa.Array) -> list[Timestamp]:
 def _serialised(name: str, kind: ValueType, batch: pa.RecordBatch) -> list[bytes]:
     """Serialise a column, plain types each distinct value once; a null becomes an empty message, Feast's null."""
     if kind not in ARROW_TYPES:
+        column = batch.column(name)
+        if pa.types.is_map(column.type):  # Arrow gives pairs, and Feast wants a dictionary
+            values = [None if pairs is None else dict(pairs) for pairs in column.to_pylist()]
+            return [value.SerializeToString() for value in python_values_to_proto_values(values, kind)]
         return [value.SerializeToString() for value in _columns_to_proto_values(batch, [(name, kind)])[name]]
     encoded = pa.compute.dictionary_encode(batch.column(name), null_encoding="encode")
     distinct = python_values_to_proto_values(encoded.dictionary.to_pylist(), kind)

@@ -158,6 +158,7 @@ def derived_files(values: Mapping[str, str], *, postgres: bool, seaweedfs: bool)
                 **(s3_reader if seaweedfs else s3),
                 "REDIS_CONNECTION_STRING": f"redis:6379,username=reader,password={values['REDIS_READER_PASSWORD']}",
                 **{name: value for name, value in values.items() if name.startswith("FEATURE_SERVER_TOKEN")},
+                "FEATURE_REGISTRY_KEY": values["FEATURE_REGISTRY_KEY"],
             }
         ),
         "client.env": _env(
