@@ -45,6 +45,10 @@ app = App(
 app.register_install_completion_command()
 backup = App(name="backup", help="Save the platform's data to a folder, or put it back.")
 app.command(backup)
+release = App(
+    name="release", help="Release a version of the model: in the shadow, for a share of users, for all, and back."
+)
+app.command(release)
 for command in (on_cluster.secrets, on_cluster.up, on_cluster.forward, on_cluster.status, on_cluster.down):
     app.command(command, name=f"k8s-{command.__name__}", group="Commands for a cluster")
 
@@ -288,6 +292,81 @@ def run(
         executions = runner.run_all(chosen, folder, parameters=given, notify=say)
         _summarise(executions, settings, folder, platform)
     return int(any(execution.error or execution.skipped for execution in executions))
+
+
+@release.command(name="shadow")
+def release_shadow(version: int, /) -> None:
+    """Let a version answer every request beside the champion, whose answers alone are sent.
+
+    Args:
+        version: The challenger's number.
+    """
+    from mlplatform import releases
+
+    connect()
+    releases.shadow(version)
+    say(f"version {version} answers in the shadow; both answers go to s3://mlflow-datasets/endpoint-shadow/")
+
+
+@release.command(name="canary")
+def release_canary(version: int, /, *, share: float = 0.1) -> None:
+    """Let a version answer a share of the users.
+
+    Args:
+        version: The challenger's number.
+        share: From 0 to 1.
+    """
+    from mlplatform import releases
+
+    connect()
+    releases.canary(version, share)
+    say(f"version {version} answers {share:.0%} of the users")
+
+
+@release.command(name="promote")
+def release_promote() -> int:
+    """Make the version that is being released the champion, if the gate lets it pass."""
+    from mlplatform import releases
+
+    connect()
+    outcome = releases.promote()
+    say(f"version {outcome.version} {outcome.reason}")
+    return int(not outcome.promoted)
+
+
+@release.command(name="roll-back")
+def release_roll_back() -> None:
+    """Give the alias back to the version that was champion before."""
+    from mlplatform import releases
+
+    connect()
+    say(f"version {releases.roll_back()} is the champion again")
+
+
+@release.command(name="end")
+def release_end() -> None:
+    """End a release; the champion answers everybody."""
+    from mlplatform import releases
+
+    connect()
+    releases.end()
+    say("the champion answers everybody")
+
+
+@release.command(name="status")
+def release_status() -> None:
+    """Show which versions answer, and how."""
+    from mlplatform import releases
+
+    connect()
+    record = releases.read()
+    how = f", challenger {record.challenger} as {record.mode} {record.share or ''}" if record.challenger else ""
+    say(f"champion {record.champion}{how}".rstrip())
+
+
+@release.default
+def _release() -> None:
+    raise CycloptsError(msg="No command is given to release.", command_chain=("release",))
 
 
 @backup.default

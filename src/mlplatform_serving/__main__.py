@@ -12,6 +12,7 @@ import sys
 import tempfile
 
 from mlplatform.connection import hasten_feast
+from mlplatform.endpoint_log import FOLDER
 from mlplatform.registry import MODEL_NAME
 from mlplatform_serving.gate import TOKEN_VARIABLE, Gate
 
@@ -22,6 +23,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=3000, help="port to listen on (default: %(default)s)")
     parser.add_argument("--model", default=MODEL_NAME, help="the registered model (default: %(default)s)")
+    parser.add_argument(
+        "--log", default=FOLDER, help="where rows and scores are logged; empty: nowhere (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="bentoml-") as home:
         # Read when bentoml is imported. It would make folders in the user's home and report to its maker.
@@ -34,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit("error: the packages of the group 'serving' are not installed; run 'make .venv/.serving'")
         from mlplatform_serving import service
 
-        service.MODEL = options.model
+        service.MODEL, service.LOG = options.model, options.log
         # While a token is being replaced, the one before it is valid too.
         tokens = [value for name in (TOKEN_VARIABLE, f"{TOKEN_VARIABLE}_PREVIOUS") if (value := os.environ.get(name))]
         app = Gate(service.application(), lambda: service.predictor().problem, tokens=tokens)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from mlplatform.serving import Prediction, ServedModel
+from mlplatform.serving import Prediction, Predictor, ServedModel
 
 _DAY_S = 86_400.0
 
@@ -30,6 +30,20 @@ AGE = Histogram(
     buckets=(3_600.0, _DAY_S, 7 * _DAY_S, 30 * _DAY_S, 90 * _DAY_S, 365 * _DAY_S, 730 * _DAY_S, 1_460 * _DAY_S),
     registry=REGISTRY,
 )
+
+
+COMPARED = Gauge("endpoint_shadow_compared", "Scores of the challenger held against the champion's", registry=REGISTRY)
+DIFFERENCE = Gauge("endpoint_shadow_difference", "Greatest difference between the two", registry=REGISTRY)
+NOT_MIRRORED = Gauge("endpoint_shadow_skipped", "Requests that the challenger was too slow for", registry=REGISTRY)
+NOT_LOGGED = Gauge("endpoint_log_dropped", "Rows that the log had no room for", registry=REGISTRY)
+
+
+def follow(predictor: Predictor) -> None:
+    """Let the figures of the shadow and of the log be read when somebody asks."""
+    COMPARED.set_function(lambda: predictor.compared)
+    DIFFERENCE.set_function(lambda: predictor.greatest_difference)
+    NOT_MIRRORED.set_function(lambda: predictor.not_mirrored)
+    NOT_LOGGED.set_function(lambda: predictor.not_logged)
 
 
 def count(model: ServedModel, predictions: Sequence[Prediction]) -> None:

@@ -17,7 +17,8 @@ import bentoml
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.responses import JSONResponse, Response
 
-from mlplatform import serving
+from mlplatform import endpoint_log, serving
+from mlplatform.endpoint_log import EndpointLog
 from mlplatform.errors import PlatformError
 from mlplatform.feature_client import SERVICE
 from mlplatform.income import COLUMNS
@@ -25,6 +26,7 @@ from mlplatform.registry import MODEL_NAME
 from mlplatform_serving import metrics
 
 MODEL = MODEL_NAME  # the registered model that is served; set before the application is made
+LOG = endpoint_log.FOLDER  # where rows and scores are logged; the shadow's beside it
 MOST_ROWS = 1_000
 Category = Annotated[str, Field(min_length=1, max_length=100)]
 _FIELDS = [column.replace("-", "_") for column in COLUMNS]
@@ -60,7 +62,13 @@ class IncomeEndpoint:
 
     def __init__(self) -> None:
         self._predictor = predictor()
+        metrics.follow(self._predictor)
         self._predictor.start()
+
+    @bentoml.on_shutdown
+    def stop(self) -> None:
+        """Write what is left of the logs."""
+        self._predictor.stop()
 
     @bentoml.api
     async def predict(self, people: Annotated[list[Person], Field(min_length=1, max_length=MOST_ROWS)]) -> Answer:
@@ -102,8 +110,16 @@ def _encode(model: serving.ServedModel, predictions: Sequence[serving.Prediction
 @cache
 def predictor() -> serving.Predictor:
     """Give the one predictor of this process."""
-    follower = serving.Follower(name=MODEL, notify=lambda line: print(line, flush=True))  # noqa: T201 - the server's log
-    return serving.Predictor(follower, _open_reader)
+
+    def say(line: str) -> None:
+        print(line, flush=True)  # noqa: T201 - the server's log
+
+    return serving.Predictor(
+        serving.Follower(name=MODEL, notify=say),
+        _open_reader,
+        EndpointLog(LOG, notify=say) if LOG else None,
+        EndpointLog(f"{LOG}-shadow", endpoint_log.SHADOWED, notify=say) if LOG else None,
+    )
 
 
 def _open_reader() -> serving.OnlineReader:

@@ -62,10 +62,16 @@ def main() -> None:
     own = [sys.executable, __file__]
     contenders: list[tuple[str, list[str], str, str, dict[str, Any]]] = [
         ("BentoML, empty", [*own, "--role", "empty"], "/readyz", "/predict", PEOPLE),
-        ("the endpoint, a person", [sys.executable, "-m", "mlplatform_serving"], "/readyz", "/predict", PEOPLE),
+        (
+            "the endpoint, a person",
+            [sys.executable, "-m", "mlplatform_serving", "--log", ""],
+            "/readyz",
+            "/predict",
+            PEOPLE,
+        ),
         (
             "the endpoint, a user",
-            [sys.executable, "-m", "mlplatform_serving"],
+            [sys.executable, "-m", "mlplatform_serving", "--log", ""],
             "/readyz",
             "/predict_users",
             {"users": [STEADY_USER]},
@@ -212,7 +218,10 @@ def move_under_load(token: str, seconds: float) -> None:
         registry.create_model_version(name, source.source, source.run_id, await_creation_for=0)
     registry.set_registered_model_alias(name, CHAMPION, "1")
     try:
-        with running([sys.executable, "-m", "mlplatform_serving", "--model", name], "/readyz") as (_, port):
+        with running([sys.executable, "-m", "mlplatform_serving", "--log", "", "--model", name], "/readyz") as (
+            _,
+            port,
+        ):
             asyncio.run(_move(name, port, token, seconds))
     finally:
         registry.delete_registered_model(name)

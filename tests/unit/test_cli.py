@@ -111,6 +111,7 @@ def test_ctrl_c_ends_a_command_with_130(monkeypatch: pytest.MonkeyPatch, capsys:
 COMMANDS = [
     "up", "down", "status", "env", "clean", "lab", "serve", "serve-model", "ui", "features", "data", "run",
     "backup save", "backup restore", "k8s-secrets", "k8s-up", "k8s-forward", "k8s-status", "k8s-down",
+    "release shadow", "release canary", "release promote", "release roll-back", "release end", "release status",
 ]  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -12,7 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from xgboost import XGBClassifier
 
-from mlplatform import income, modeling, registry, serving
+from mlplatform import endpoint_log, income, modeling, objectstore, releases, serving
+from mlplatform.endpoint_log import EndpointLog
 from mlplatform.errors import ServiceDownError
 
 CSV = Path(__file__).parents[2] / "data" / "income_data.csv"
@@ -82,7 +82,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let the registry hold a version, without a registry."""
 
     def hold(version: int) -> None:
-        monkeypatch.setattr(registry, "find", lambda *_, **__: SimpleNamespace(version=str(version)))
+        monkeypatch.setattr(releases, "read", lambda **_: releases.Release(version))
         model = serving.ServedModel("m", version, "s", lambda rows: [version / 10] * len(rows), True, "made up")
         monkeypatch.setattr(serving, "load", lambda *_, **__: model)
 
@@ -116,7 +116,7 @@ def test_while_the_registry_is_away_or_a_version_is_broken_the_old_one_answers(
         raise ServiceDownError("the MLflow server does not answer")
 
     served(2)
-    for broken in ((serving, "load"), (registry, "find")):
+    for broken in ((serving, "load"), (releases, "read")):
         monkeypatch.setattr(*broken, away)
         follower.look()
         assert follower.current is not None
@@ -125,7 +125,7 @@ def test_while_the_registry_is_away_or_a_version_is_broken_the_old_one_answers(
 
 
 def test_before_there_is_a_champion_the_answer_says_what_to_run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(registry, "find", lambda *_, **__: None)
+    monkeypatch.setattr(releases, "read", lambda **_: releases.Release(None))
     follower = serving.Follower()
     predictor = serving.Predictor(follower, lambda: pytest.fail("nothing is read without a model"))
     follower.look()
@@ -141,3 +141,81 @@ def test_the_key_of_a_user_is_the_one_that_feast_makes():
     for user in ("a-user", "Übergröße", "x" * 300):
         key = EntityKey(join_keys=["user_id"], entity_values=[Value(string_val=user)])
         assert serving._key(user, "income") == serialize_entity_key(key, 3) + b"income"
+
+
+def test_a_share_of_users_is_the_canarys_and_a_larger_share_keeps_them():
+    users = [f"user-{number}" for number in range(20_000)]
+    few, more = ({user for user in users if releases.in_canary(user, share)} for share in (0.1, 0.3))
+    assert few < more
+    assert (len(few) / 20_000, len(more) / 20_000) == pytest.approx((0.1, 0.3), abs=0.01)
+    assert not any(releases.in_canary(user, 0.0) for user in users)
+    assert all(releases.in_canary(user, 1.0) for user in users)
+
+
+class Reader:
+    """Everybody's features, without a store."""
+
+    def read(self, users: list[str]) -> list[serving.OnlineRow]:
+        return [serving.OnlineRow(["x"] * 8 if user != "stranger" else None, 1.0) for user in users]
+
+
+def constant(version: int) -> serving.ServedModel:
+    return serving.ServedModel("m", version, "s", lambda rows: [version / 10] * len(rows), True, "made up")
+
+
+def released(mode: str, share: float = 0.0) -> serving.Follower:
+    follower = serving.Follower(current=constant(1), challenger=constant(2))
+    follower.release = releases.Release(1, 2, mode, share)
+    return follower
+
+
+def test_in_the_shadow_no_answer_changes_and_both_are_logged():
+    shadow_log = EndpointLog(columns=endpoint_log.SHADOWED)
+    predictor = serving.Predictor(released("shadow"), Reader, EndpointLog(), shadow_log)  # type: ignore[arg-type]
+    _, answers = predictor.users(["a", "stranger", "b"])
+    assert [(entry.score, entry.version) for entry in answers] == [(0.1, 1), (None, 1), (0.1, 1)]
+    predictor._compare(*predictor._shadows.get_nowait())
+    assert (predictor.compared, predictor.greatest_difference) == (2, pytest.approx(0.1))
+    assert [row[8:12] for row in shadow_log._rows] == [(1, 0.1, 2, 0.2)] * 2
+
+
+def test_a_shadow_that_is_slow_holds_no_request_up():
+    predictor = serving.Predictor(released("shadow"), Reader)  # type: ignore[arg-type]
+    for _ in range(1_003):
+        predictor.people([["x"] * 8])
+    assert predictor.not_mirrored == 3
+
+
+def test_a_canary_answers_its_share_and_nobody_flips():
+    users = [f"user-{number}" for number in range(500)]
+    predictor = serving.Predictor(released("canary", 0.2), Reader)  # type: ignore[arg-type]
+    first = [entry.version for entry in predictor.users(users)[1]]
+    assert first == [2 if releases.in_canary(user, 0.2) else 1 for user in users]
+    assert [entry.version for user in users for entry in predictor.users([user])[1]] == first
+    scores = [entry.score for entry in predictor.users(users)[1]]
+    assert scores == [version / 10 for version in first]
+
+
+def test_the_log_keeps_no_user_and_drops_what_has_no_room(monkeypatch: pytest.MonkeyPatch):
+    log = EndpointLog(most=2)
+    predictor = serving.Predictor(released(""), Reader, log)  # type: ignore[arg-type]
+    predictor.users(["a", "b", "c"])
+    written: list[pd.DataFrame] = []
+    monkeypatch.setattr(objectstore, "write_frame", lambda frame, uri: written.append(frame) or uri)
+    uri = log.write()
+    assert uri is not None
+    assert uri.startswith("s3://mlflow-datasets/endpoint/20")
+    assert tuple(written[0].columns) == endpoint_log.LOGGED
+    assert (len(written[0]), log.dropped, log.write()) == (2, 1, None)
+
+
+def test_rows_that_cannot_be_written_are_kept(monkeypatch: pytest.MonkeyPatch):
+    def away(*_: object) -> None:
+        raise ServiceDownError("the object store does not answer")
+
+    log = EndpointLog()
+    log.add((*["x"] * 8, 1, 0.5))
+    monkeypatch.setattr(objectstore, "write_frame", away)
+    assert log.write() is None
+    monkeypatch.setattr(objectstore, "write_frame", lambda frame, uri: f"{uri}: {len(frame)}")
+    assert str(log.write()).endswith(": 1")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,19 @@ import pytest
 import requests
 from xgboost import XGBClassifier
 
-from mlplatform import features, history, income, model_client, modeling, registry, serving, tracking
+from mlplatform import (
+    drift_watch,
+    endpoint_log,
+    features,
+    history,
+    income,
+    model_client,
+    modeling,
+    registry,
+    releases,
+    serving,
+    tracking,
+)
 from mlplatform.errors import CredentialsError, DataError, ServiceDownError
 from mlplatform.settings import Settings
 
@@ -43,13 +55,13 @@ PERSON = {
 
 
 @contextmanager
-def endpoint(name: str) -> Iterator[str]:
+def endpoint(name: str, *, log: str = "") -> Iterator[str]:
     """Run the endpoint for a registered model on a free port, and give its address once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlplatform_serving", "--port", str(port), "--model", name],
+        [sys.executable, "-m", "mlplatform_serving", "--port", str(port), "--model", name, "--log", log],
         cwd=ROOT / "feature_repo",
         env={**os.environ, "MODEL_ENDPOINT_TOKEN": TOKEN},
     )
@@ -280,6 +292,66 @@ def test_a_moved_alias_is_followed_without_a_failed_request(url: str, name: str)
             asker.join()
     assert {status for status, _ in seen} == {200}
     assert {version for _, version in seen} == {1, 2}
+
+
+def _until(ask: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not ask():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def test_a_release_goes_from_shadow_to_canary_to_all_and_back(
+    url: str, name: str, environ: dict[str, str], platform: Settings
+):
+    frame = income.read_income(ROOT / "data" / "income_data.csv")
+    users = history.build_history(frame)["user_id"].drop_duplicates().head(300).tolist()
+
+    def versions() -> list[int]:
+        return model_client.predict_users(users, environ=environ)["model_version"].tolist()  # type: ignore[no-any-return]
+
+    alone = model_client.predict_users(users, environ=environ)
+    assert set(alone["model_version"]) == {1}
+    releases.shadow(2, name=name)
+
+    def compared() -> float:
+        lines = requests.get(f"{url}/metrics", timeout=20).text.splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith("endpoint_shadow_compared "))
+
+    def mirrored() -> bool:
+        pd.testing.assert_frame_equal(model_client.predict_users(users, environ=environ), alone)
+        return compared() >= len(users)
+
+    _until(mirrored, "the challenger was never asked")
+    releases.canary(2, 0.1, name=name)
+    expected = [2 if releases.in_canary(user, 0.1) else 1 for user in users]
+    _until(lambda: versions() == expected, "the canary never answered its share")
+    assert 10 < expected.count(2) < 60
+    mlflow.MlflowClient().set_registered_model_alias(name, registry.PREVIOUS, "1")
+    mlflow.MlflowClient().set_registered_model_alias(name, registry.CHAMPION, "2")
+    releases.end(name=name)
+    _until(lambda: set(versions()) == {2}, "the promoted version never answered everybody")
+    assert releases.roll_back(name=name) == 1
+    _until(lambda: set(versions()) == {1}, "the version before never came back")
+    assert releases.read(name=name) == releases.Release(1)
+    events = registry.decisions(name=name)["event"].tolist()
+    assert events[0] == "answers in the shadow of the champion"
+    assert "rolled back to version 1" in events
+
+
+def test_what_was_asked_is_in_the_object_store_without_the_users(name: str, store: Any, platform: Settings):
+    asked = f"Occupation-{uuid4()}"
+    log = f"s3://mlflow-datasets/test-{uuid4()}"
+    with endpoint(name, log=log) as url:
+        environ = {"MODEL_ENDPOINT_URL": url, "MODEL_ENDPOINT_TOKEN": TOKEN}
+        answer = model_client.predict(pd.DataFrame([{**PERSON, "Occupation": asked}]), environ=environ)
+        model_client.predict_users([history.STEADY_USER], environ=environ)
+    # It writes what is left when it is stopped.
+    seen = drift_watch.read_endpoint_log(log)
+    assert tuple(seen.columns) == endpoint_log.LOGGED
+    (row,) = seen[seen["Occupation"] == asked].to_dict("records")
+    assert (row["score"], row["model_version"], row["Sex"]) == (answer["score"][0], 1, "Male")
+    assert not seen.isin([history.STEADY_USER]).any(axis=None)
 
 
 def test_without_a_champion_it_is_alive_not_ready_and_says_why(platform: Settings):
