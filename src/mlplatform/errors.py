@@ -39,6 +39,10 @@ class RegistryError(PlatformError, LookupError):
     """A run, a model, a version, an alias or a feature is not registered."""
 
 
+class UntrustedModelError(PlatformError, PermissionError):
+    """A model's files are not those that were signed, or are of a kind that we do not load."""
+
+
 class NotebookError(PlatformError, RuntimeError):
     """A notebook failed, or was given parameters that it does not declare."""
 

@@ -6,22 +6,26 @@ a tag on the version that it concerns.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mlflow
 import pandas as pd
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models.model import ModelInfo
+from mlflow.models import Model
 from mlflow.types import DataType
 from sklearn.pipeline import Pipeline
 
 from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError
 from mlplatform.income import COLUMNS
 from mlplatform.modeling import SCORES
+from mlplatform.promotion import gate, lock, signing
 from mlplatform.tracking import EXPERIMENT, data_sets, model_uri
 
 MODEL_NAME = "income-above-50k"
@@ -33,9 +37,9 @@ CHAMPION = "champion"
 PREVIOUS = "previous"
 METRIC = "roc_auc_score_test"
 QUERY = "metrics.roc_auc_score_test > 0.8"
-MARGIN = 0.001
 HISTORY = "history"  # a tag with this prefix holds one decision about its version, and its time
 TEST_DATA = "test_data"
+PENDING = "promotion_pending"  # on a version while the aliases move; one that is left over tells of a process that died
 
 
 @dataclass(frozen=True)
@@ -104,76 +108,123 @@ def register(run_id: str, *, name: str = MODEL_NAME) -> int:
         models = run.outputs.model_outputs if run.outputs else []
         if len(models) != 1:
             raise RegistryError(f"run {run_id} has {len(models)} models, not one; run notebook 02_train_models again")
-        present = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-        if present:
-            return int(present[0].version)
-        if not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(name, description=DESCRIPTION)
         model_id = models[0].model_id
         # The address holds a digest of the test rows, so equal addresses are equal rows.
         tested_on = ",".join(data.uri for data in data_sets(run) if data.context == "testing")
         tags = {TEST_DATA: tested_on, "run_name": run.info.run_name}
-        made = client.create_model_version(
-            name, model_uri(model_id), run_id, tags=tags, await_creation_for=0, model_id=model_id
-        )
+        with lock.exclusive(f"promotion/{name}"):
+            present = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+            if present:
+                return int(present[0].version)
+            if not client.search_registered_models(f"name = '{name}'"):
+                client.create_registered_model(name, description=DESCRIPTION)
+            made = client.create_model_version(
+                name, model_uri(model_id), run_id, tags=tags, await_creation_for=0, model_id=model_id
+            )
     return int(made.version)
 
 
-def promote(version: int, *, name: str = MODEL_NAME, metric: str = METRIC, margin: float = MARGIN) -> Promotion:
-    """Move the alias `champion` to a version, but only if it beats the champion by a margin on the same test rows.
+def promote(version: int, *, name: str = MODEL_NAME, margin: float | None = None) -> Promotion:
+    """Move the alias `champion` to a version, but only if its evaluation passes the gate.
 
-    `set_registered_model_alias` alone would move it to any version. The champion before it gets the alias `previous`.
-    The decision and its reason are written to both versions.
+    `set_registered_model_alias` alone would move it to any version. One promotion runs at a time per model, on all
+    machines of the platform. The version's files are signed, and must be those that its training run logged. The
+    champion before it gets the alias `previous`. The decision and its reason are written to both versions.
 
     Args:
         version: The challenger's number.
         name: The registered model.
-        metric: Name of the metric, of which more is better.
-        margin: How much better the challenger must be; a smaller lead can be chance.
+        margin: Ignored; a caller of before the gate gives it.
 
     Raises:
-        RegistryError: There is no such version, or it lacks the metric.
+        RegistryError: There is no such version, or its run or the champion's has no evaluation.
+        UntrustedModelError: The version's files are not those that its training run logged.
     """
     client = mlflow.MlflowClient()
-    with _mlflow_errors():
+    with _mlflow_errors(), lock.exclusive(f"promotion/{name}") as held:
+        champion = _mend(name)
         challenger = client.get_model_version(name, str(version))
-        champion = find(CHAMPION, name=name)
-        outcome = _judge(challenger, champion, metric=metric, margin=margin)
-        if champion is not None and champion.version == challenger.version:
-            return outcome
+        outcome = _judge(challenger, champion)
         if outcome.promoted:
-            if champion is not None:
-                client.set_registered_model_alias(name, PREVIOUS, champion.version)
-                _note(champion, f"replaced by version {version}")
-            client.set_registered_model_alias(name, CHAMPION, challenger.version)
-        _note(challenger, outcome.reason)
+            client.set_model_version_tag(name, challenger.version, signing.TAG, signing.sign_version(challenger))
+            _move(challenger, champion, outcome.reason, held)
+        elif outcome.over != outcome.version:
+            _note(challenger, outcome.reason)
     return outcome
 
 
-def _judge(challenger: ModelVersion, champion: ModelVersion | None, *, metric: str, margin: float) -> Promotion:
-    """Decide by the test rows that the two versions name and by the metric of their runs."""
-    version, score = int(challenger.version), _score(challenger, metric)
-    if champion is None:
-        return Promotion(True, version, None, f"promoted with {metric} {score:.4f}: there was no champion")
-    holder = int(champion.version)
+def rollback(reason: str, *, name: str = MODEL_NAME) -> Promotion:
+    """Make the version before the champion the champion again, whatever the gate says, and record why.
+
+    Args:
+        reason: Why, in a few words.
+        name: The registered model.
+
+    Raises:
+        RegistryError: There is no champion, or none before it.
+        UntrustedModelError: The version's files are not those that were signed when it was promoted.
+    """
+    with _mlflow_errors(), lock.exclusive(f"promotion/{name}") as held:
+        champion, previous = _mend(name), find(PREVIOUS, name=name)
+        if champion is None or previous is None or previous.version == champion.version:
+            raise RegistryError(f"{name!r} has no champion before the present one; promote another version")
+        with TemporaryDirectory() as folder:
+            signing.fetch_verified(previous, Path(folder))
+        text = f"rolled back from version {champion.version}: {reason}"
+        _move(previous, champion, text, held)
+    return Promotion(True, int(previous.version), int(champion.version), text)
+
+
+def _move(version: ModelVersion, before: ModelVersion | None, reason: str, held: lock.Lock) -> None:
+    """Move the alias, written down first, so that `_mend` can finish or undo what a dying process began."""
+    client, over = mlflow.MlflowClient(), before.version if before else None
+    pending = json.dumps({"over": over, "reason": reason})
+    client.set_model_version_tag(version.name, version.version, PENDING, pending)
+    held.renew()
+    client.set_registered_model_alias(version.name, CHAMPION, version.version)
+    champion = _mend(version.name)
+    if champion is None or champion.version != version.version:
+        raise RegistryError(
+            f"{signing.label(version)} became champion, and another process moved the alias; promote again"
+        )
+
+
+def _mend(name: str) -> ModelVersion | None:
+    """Finish every promotion that was begun: record one whose alias has moved, and give up one whose has not.
+
+    Returns:
+        The champion, as it is read after that.
+    """
+    client, champion = mlflow.MlflowClient(), find(CHAMPION, name=name)
+    for version in client.search_model_versions(f"name = '{name}'"):
+        if PENDING not in version.tags:
+            continue
+        begun = json.loads(version.tags[PENDING])
+        if champion is None or champion.version != version.version:
+            _note(version, f"interrupted before the alias moved: {begun['reason']}")
+        else:
+            if begun["over"] is not None:
+                client.set_registered_model_alias(name, PREVIOUS, begun["over"])
+                _note(client.get_model_version(name, begun["over"]), f"replaced by version {version.version}")
+            _note(version, begun["reason"])
+        client.delete_model_version_tag(name, version.version, PENDING)
+    return champion
+
+
+def _judge(challenger: ModelVersion, champion: ModelVersion | None) -> Promotion:
+    """Decide by the test rows that the two versions name and by the evaluations of their runs."""
+    version, holder = int(challenger.version), int(champion.version) if champion else None
     if holder == version:
         return Promotion(False, version, holder, f"version {version} is the champion already")
-    if challenger.tags.get(TEST_DATA) != champion.tags.get(TEST_DATA):
+    if champion is not None and challenger.tags.get(TEST_DATA) != champion.tags.get(TEST_DATA):
         reason = f"not promoted: tested on other rows than champion {holder}, so the scores cannot be compared"
         return Promotion(False, version, holder, reason)
-    gain = score - _score(champion, metric)
-    compared = f"{metric} {score:.4f} is {gain:+.4f} against champion {holder}, margin {margin}"
-    if gain > margin:
-        return Promotion(True, version, holder, f"promoted: {compared}")
-    return Promotion(False, version, holder, f"not promoted: {compared}")
-
-
-def _score(version: ModelVersion, metric: str) -> float:
-    run = mlflow.get_run(str(version.run_id))
-    if metric not in run.data.metrics:
-        known = ", ".join(sorted(run.data.metrics)) or "none"
-        raise RegistryError(f"version {version.version} has no metric {metric!r}; its run recorded: {known}")
-    return float(run.data.metrics[metric])
+    before = gate.read(str(champion.run_id)) if champion else None
+    broken, figures = gate.check(gate.read(str(challenger.run_id)), before)
+    against = f"against champion {holder}" if champion else "there was no champion"
+    if broken:
+        return Promotion(False, version, holder, f"not promoted, {against}: {'; '.join(broken)}")
+    return Promotion(True, version, holder, f"promoted, {against}: {figures}")
 
 
 def _note(version: ModelVersion, text: str) -> None:
@@ -211,7 +262,7 @@ def find(alias: str, *, name: str = MODEL_NAME) -> ModelVersion | None:
 
 
 def load_model(alias: str = CHAMPION, *, name: str = MODEL_NAME, columns: Sequence[str] = COLUMNS) -> Pipeline:
-    """Load the version that holds an alias; unlike `mlflow.sklearn.load_model`, compare its signature first.
+    """Load the version that holds an alias; unlike `mlflow.sklearn.load_model`, verify its files before reading them.
 
     Args:
         alias: The alias.
@@ -222,19 +273,33 @@ def load_model(alias: str = CHAMPION, *, name: str = MODEL_NAME, columns: Sequen
         The fitted pipeline; `modeling.probabilities` applies it.
 
     Raises:
-        RegistryError: There is no such model or alias, or its model takes other columns, or is no pipeline.
+        RegistryError: There is no such model or alias, or its model takes other columns.
+        UntrustedModelError: The files are not those that were signed when the version was promoted.
     """
     version = find(alias, name=name)
     if version is None:
         raise RegistryError(f"no alias {alias!r} on {name!r}; run notebook 04_register_model, or 'make run'")
-    uri = model_uri(name, version=version.version)
+    with TemporaryDirectory() as folder:
+        files = fetch_verified(version, Path(folder))
+        _check_columns(Model.load(str(files)), columns, label=signing.label(version))
+        return signing.load(files)
+
+
+def fetch_verified(version: ModelVersion, into: Path) -> Path:
+    """Download a version's files into a folder and verify them; `signing.load` loads what this returns.
+
+    Args:
+        version: The registered version, as `find` gives it.
+        into: An existing folder that nobody else can write to.
+
+    Raises:
+        UntrustedModelError: The files are not those that were signed when the version was promoted.
+    """
     with _mlflow_errors():
-        info = mlflow.models.get_model_info(uri)
-        _check_signature(info, columns, label=f"{name!r} version {version.version}")
-        return mlflow.sklearn.load_model(uri)
+        return signing.fetch_verified(version, into)
 
 
-def _check_signature(model: ModelInfo, columns: Sequence[str], *, label: str) -> None:
+def _check_columns(model: Model, columns: Sequence[str], *, label: str) -> None:
     inputs = model.signature.inputs if model.signature else None
     found = {entry.name: entry.type for entry in inputs.inputs} if inputs and not inputs.is_tensor_spec() else {}
     if list(found) != list(columns) or set(found.values()) != {DataType.string}:
@@ -242,8 +307,6 @@ def _check_signature(model: ModelInfo, columns: Sequence[str], *, label: str) ->
         raise RegistryError(
             f"{label} takes {listed}; asked for {', '.join(columns)} as text; promote a version that takes these"
         )
-    if "sklearn" not in model.flavors:
-        raise RegistryError(f"{label} is no scikit-learn pipeline; promote a version of notebook 02_train_models")
 
 
 @contextmanager

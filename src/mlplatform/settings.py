@@ -68,6 +68,7 @@ class Settings:
         feature_registry_key: What the feature registry's digest is made with.
         model_endpoint: The endpoint that serves the champion, as `http://host:port`; empty where there is none.
         model_endpoint_token: What a request to it carries as `Authorization: Bearer <token>`.
+        model_signing_key: Signs models at training and promotion, and verifies them before they are loaded.
     """
 
     tracking_uri: str = _variable("MLFLOW_TRACKING_URI")
@@ -83,6 +84,7 @@ class Settings:
     feature_registry_key: str = _variable("FEATURE_REGISTRY_KEY", secret=True)
     model_endpoint: str = _variable("MODEL_ENDPOINT_URL", optional=True)
     model_endpoint_token: str = _variable("MODEL_ENDPOINT_TOKEN", secret=True, optional=True)
+    model_signing_key: str = _variable("MODEL_SIGNING_KEY", secret=True)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:

@@ -19,6 +19,7 @@ from mlplatform import objectstore
 from mlplatform.errors import RegistryError
 from mlplatform.income import TARGET
 from mlplatform.modeling import describe_encoder, inputs, labels, make_pipeline, probabilities, scores
+from mlplatform.promotion.signing import TRUSTED_TYPES, seal
 from mlplatform.settings import DATASETS_BUCKET
 
 EXPERIMENT = "income-classifier"
@@ -27,9 +28,6 @@ ENCODER_FILE = "encoder.json"
 ANSWERS_FILE = "test_probabilities.json"  # what the model in memory answered, to compare a reloaded model with
 MODEL_ARTIFACT = "model"
 
-# Types that skops may load beside its own list. The list is stored with the model: it keeps pickles out, and a model
-# that an attacker wrote could still name any type.
-TRUSTED_TYPES = ["sklearn.tree._tree.Tree", "xgboost.core.Booster", "xgboost.sklearn.XGBClassifier"]
 REQUIRED_PACKAGES = ("mlflow", "numpy", "pandas", "scikit-learn", "skops")
 
 
@@ -140,7 +138,7 @@ def log_fitted(
 
 
 def log_model(model: Pipeline, sample: pd.DataFrame) -> ModelInfo:
-    """Call `mlflow.sklearn.log_model` with the skops format, a signature, and requirements stated and not searched for.
+    """Call `mlflow.sklearn.log_model` in the skops format, with a schema and stated requirements, and sign the files.
 
     By itself MLflow loads the model in another process to find its requirements, which takes longer than training it.
 
@@ -158,6 +156,7 @@ def log_model(model: Pipeline, sample: pd.DataFrame) -> ModelInfo:
         pip_requirements=requirements(model),
         pyfunc_predict_fn="predict_proba",
     )
+    seal(logged.model_id)
     return logged
 
 

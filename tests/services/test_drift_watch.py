@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from evaluations import log_evaluation
 from sklearn.linear_model import LogisticRegression
 
 from mlplatform import drift_watch, income, modeling, objectstore, registry, tracking
@@ -37,6 +38,7 @@ def champion(platform: Settings, frame: pd.DataFrame) -> Iterator[str]:
     train, test = income.split(frame, seed=42)
     datasets = tracking.write_datasets(train, test, frame)
     run = tracking.fit_and_log("logistic", LogisticRegression(max_iter=200), datasets)
+    log_evaluation(run.run_id, auc=0.87)
     name = f"test-{uuid4()}"
     registry.promote(registry.register(run.run_id, name=name), name=name)
     yield name

@@ -14,11 +14,12 @@ from uuid import uuid4
 import mlflow
 import pandas as pd
 import pytest
+from evaluations import log_evaluation
 from sklearn.linear_model import LogisticRegression
 from sklearn.tree import DecisionTreeClassifier
 
 from mlplatform import income, modeling, objectstore, registry, tracking
-from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError
+from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError, UntrustedModelError
 from mlplatform.settings import Settings
 
 CSV = Path(__file__).parents[2] / "data" / "income_data.csv"
@@ -42,10 +43,13 @@ def runs(experiment: str, parts: tuple[pd.DataFrame, pd.DataFrame]) -> dict[str,
     """A good model and a poor one, tested on the same rows."""
     train, test = parts
     datasets = tracking.write_datasets(train, test, pd.concat([train, test], ignore_index=True))
-    return {
+    both = {
         "good": tracking.fit_and_log("good", LogisticRegression(max_iter=200), datasets, params={"seed": 42}),
         "poor": tracking.fit_and_log("poor", DecisionTreeClassifier(max_depth=1), datasets),
     }
+    for kind, auc in (("good", 0.87), ("poor", 0.70)):
+        log_evaluation(both[kind].run_id, auc=auc)
+    return both
 
 
 @pytest.fixture
@@ -68,8 +72,9 @@ def test_a_run_records_parameters_metrics_data_sets_and_one_model(runs: dict[str
     assert run.data.params["estimator"] == "LogisticRegression"
     assert run.data.params["max_iter"] == "200"
     assert run.data.params["seed"] == "42"
-    assert run.data.metrics == pytest.approx(runs["good"].scores)
-    assert set(run.data.metrics) == set(modeling.SCORES)
+    own = {name: value for name, value in run.data.metrics.items() if not name.startswith("evaluation_")}
+    assert own == pytest.approx(runs["good"].scores)
+    assert set(own) == set(modeling.SCORES)
     assert len(run.outputs.model_outputs) == 1
 
 
@@ -239,14 +244,34 @@ def test_asking_again_changes_nothing(runs: dict[str, tracking.LoggedRun], name:
     assert registry.find(registry.PREVIOUS, name=name) is None
 
 
-@pytest.mark.parametrize(("number", "metric"), [(99, registry.METRIC), (1, "no_such_metric")])
-def test_what_cannot_be_judged_is_not_promoted(
-    number: int, metric: str, runs: dict[str, tracking.LoggedRun], name: str
-) -> None:
+def test_what_cannot_be_judged_is_not_promoted(runs: dict[str, tracking.LoggedRun], name: str) -> None:
     registry.register(runs["good"].run_id, name=name)
     with pytest.raises(RegistryError):
-        registry.promote(number, name=name, metric=metric)
+        registry.promote(99, name=name)
     assert registry.find(registry.CHAMPION, name=name) is None
+
+
+def test_a_run_that_was_not_evaluated_is_not_promoted(
+    runs: dict[str, tracking.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame], name: str
+) -> None:
+    datasets = tracking.write_datasets(*parts, pd.concat(parts, ignore_index=True))
+    run = tracking.fit_and_log("unknown", DecisionTreeClassifier(max_depth=2), datasets)
+    with pytest.raises(RegistryError, match="has no evaluation; run notebook 03_evaluate_models"):
+        registry.promote(registry.register(run.run_id, name=name), name=name)
+    assert registry.find(registry.CHAMPION, name=name) is None
+
+
+def test_a_version_tested_on_other_rows_is_not_compared(
+    runs: dict[str, tracking.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame], name: str
+) -> None:
+    registry.promote(registry.register(runs["poor"].run_id, name=name), name=name)
+    train, test = parts
+    datasets = tracking.write_datasets(train, test.head(900), pd.concat(parts, ignore_index=True))
+    run = tracking.fit_and_log("elsewhere", DecisionTreeClassifier(max_depth=3), datasets)
+    log_evaluation(run.run_id, auc=0.99)
+    outcome = registry.promote(registry.register(run.run_id, name=name), name=name)
+    assert not outcome.promoted
+    assert "tested on other rows" in outcome.reason
 
 
 def test_the_champion_answers_like_the_model_in_memory(
@@ -270,7 +295,7 @@ def test_a_model_with_another_signature_is_not_loaded(runs: dict[str, tracking.L
         registry.load_model(name=name, columns=["Age", "Sex"])
 
 
-def test_a_model_without_a_signature_is_not_loaded(experiment: str, name: str) -> None:
+def test_a_model_that_nobody_signed_is_not_loaded(experiment: str, name: str) -> None:
     with mlflow.start_run():
         info = mlflow.sklearn.log_model(
             LogisticRegression().fit([[0.0], [1.0]], [0, 1]), name="model", pip_requirements=["scikit-learn"]
@@ -279,7 +304,7 @@ def test_a_model_without_a_signature_is_not_loaded(experiment: str, name: str) -
     client.create_registered_model(name)
     client.create_model_version(name, info.model_uri, model_id=info.model_id)
     client.set_registered_model_alias(name, registry.CHAMPION, "1")
-    with pytest.raises(RegistryError, match="takes no named columns"):
+    with pytest.raises(UntrustedModelError, match="version 1 is not signed"):
         registry.load_model(name=name)
 
 

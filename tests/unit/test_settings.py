@@ -22,6 +22,7 @@ COMPLETE = {
     "FEATURE_SERVER_URL": "http://127.0.0.1:1",
     "FEATURE_SERVER_TOKEN": "hush-4",
     "FEATURE_REGISTRY_KEY": "hush-5",
+    "MODEL_SIGNING_KEY": "hush-6",
 }
 
 

@@ -34,6 +34,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 INNER = (
     "FEATURE_REGISTRY_KEY",
     "MLFLOW_FLASK_SERVER_SECRET_KEY",
+    "MODEL_SIGNING_KEY",
     "POSTGRES_PASSWORD",
     "REDIS_OPERATOR_PASSWORD",
     "REDIS_PROBE_PASSWORD",
@@ -171,6 +172,7 @@ def derived_files(values: Mapping[str, str], *, postgres: bool, seaweedfs: bool)
                 "FEATURE_REGISTRY_KEY": values["FEATURE_REGISTRY_KEY"],
                 # The endpoint takes both until the old one is retired.
                 **{name: value for name, value in values.items() if name.startswith("MODEL_ENDPOINT_TOKEN")},
+                "MODEL_SIGNING_KEY": values["MODEL_SIGNING_KEY"],
             }
         ),
     }
