@@ -69,12 +69,15 @@ features: $(READY) ## Register the features and materialise them to the online s
 	@$(CLI) features --platform $(PLATFORM) $(CLUSTER)
 
 ##@ Batches and drift
-.PHONY: drift pipeline pipeline-yaml
+.PHONY: drift rollback pipeline pipeline-yaml
 pipeline: $(VENV)/.pipelines ## Score everybody with the batch pipeline, on this machine (PEOPLE=s3://...)
 	@$(CLI) up && $(PIPELINE) batch $(if $(PEOPLE),--people $(PEOPLE))
 
 pipeline-yaml: $(VENV)/.pipelines ## Compile the pipelines to the YAML that a cluster runs
 	@$(PIPELINE) compile
+
+rollback: $(READY) ## Make the version before the champion the champion again; REASON= is recorded
+	@$(CLI) release roll-back $(if $(REASON),'$(REASON)')
 
 drift: $(VENV)/.drift ## Compare BATCH=s3://..., or what the endpoint saw, with the champion's training data
 	@$(CLI) drift --platform $(PLATFORM) $(CLUSTER) $(if $(BATCH),--batch $(BATCH)) $(if $(DAYS),--days $(DAYS))

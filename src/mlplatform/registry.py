@@ -124,7 +124,7 @@ def register(run_id: str, *, name: str = MODEL_NAME) -> int:
     return int(made.version)
 
 
-def promote(version: int, *, name: str = MODEL_NAME, margin: float | None = None) -> Promotion:
+def promote(version: int, *, name: str = MODEL_NAME) -> Promotion:
     """Move the alias `champion` to a version, but only if its evaluation passes the gate.
 
     `set_registered_model_alias` alone would move it to any version. One promotion runs at a time per model, on all
@@ -134,7 +134,6 @@ def promote(version: int, *, name: str = MODEL_NAME, margin: float | None = None
     Args:
         version: The challenger's number.
         name: The registered model.
-        margin: Ignored; a caller of before the gate gives it.
 
     Raises:
         RegistryError: There is no such version, or its run or the champion's has no evaluation.
@@ -146,11 +145,24 @@ def promote(version: int, *, name: str = MODEL_NAME, margin: float | None = None
         challenger = client.get_model_version(name, str(version))
         outcome = _judge(challenger, champion)
         if outcome.promoted:
-            client.set_model_version_tag(name, challenger.version, signing.TAG, signing.sign_version(challenger))
+            sign(version, name=name)
             _move(challenger, champion, outcome.reason, held)
         elif outcome.over != outcome.version:
             _note(challenger, outcome.reason)
     return outcome
+
+
+def sign(version: int, *, name: str = MODEL_NAME) -> None:
+    """Sign a version, so that it can be loaded: `promote` and a release do it.
+
+    Raises:
+        RegistryError: There is no such version.
+        UntrustedModelError: The version's files are not those that its training run logged.
+    """
+    client = mlflow.MlflowClient()
+    with _mlflow_errors():
+        signature = signing.sign_version(client.get_model_version(name, str(version)))
+        client.set_model_version_tag(name, str(version), signing.TAG, signature)
 
 
 def rollback(reason: str, *, name: str = MODEL_NAME) -> Promotion:

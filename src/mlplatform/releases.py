@@ -13,7 +13,7 @@ import mlflow
 
 from mlplatform import registry
 from mlplatform.errors import DataError, RegistryError
-from mlplatform.registry import CHAMPION, MODEL_NAME, PREVIOUS, Promotion
+from mlplatform.registry import CHAMPION, MODEL_NAME, Promotion
 
 CHALLENGER = "challenger"
 RELEASE_TAG = "release"
@@ -88,6 +88,7 @@ def _release(version: int, tag: str, event: str, name: str) -> Release:
     client = mlflow.MlflowClient()
     with registry._mlflow_errors():
         entry = client.get_model_version(name, str(version))
+        registry.sign(version, name=name)
         # First the version and then how it answers: a reader in between sees the old way or none.
         client.set_registered_model_alias(name, CHALLENGER, str(version))
         client.set_registered_model_tag(name, RELEASE_TAG, tag)
@@ -119,8 +120,12 @@ def promote(*, name: str = MODEL_NAME) -> Promotion:
     return outcome
 
 
-def roll_back(*, name: str = MODEL_NAME) -> int:
+def roll_back(reason: str, *, name: str = MODEL_NAME) -> int:
     """Give the alias back to the version that held it before, and end a release.
+
+    Args:
+        reason: Why, in a few words; the registry records it.
+        name: The registered model.
 
     Returns:
         The version that answers now.
@@ -128,14 +133,6 @@ def roll_back(*, name: str = MODEL_NAME) -> int:
     Raises:
         RegistryError: No version held the alias before.
     """
-    client = mlflow.MlflowClient()
-    with registry._mlflow_errors():
-        champion, previous = registry.find(CHAMPION, name=name), registry.find(PREVIOUS, name=name)
-        if champion is None or previous is None:
-            raise RegistryError(f"no version of {name!r} was champion before; there is nothing to roll back to")
-        end(name=name)
-        client.set_registered_model_alias(name, CHAMPION, previous.version)
-        client.set_registered_model_alias(name, PREVIOUS, champion.version)
-        registry._note(champion, f"rolled back to version {previous.version}")
-        registry._note(previous, f"champion again: version {champion.version} was rolled back")
-    return int(previous.version)
+    outcome = registry.rollback(reason, name=name)
+    end(name=name)
+    return outcome.version

@@ -335,12 +335,16 @@ def release_promote() -> int:
 
 
 @release.command(name="roll-back")
-def release_roll_back() -> None:
-    """Give the alias back to the version that was champion before."""
+def release_roll_back(reason: str, /) -> None:
+    """Give the alias back to the version that was champion before.
+
+    Args:
+        reason: Why, in a few words; the registry records it.
+    """
     from mlplatform import releases
 
     connect()
-    say(f"version {releases.roll_back()} is the champion again")
+    say(f"version {releases.roll_back(reason)} is the champion again")
 
 
 @release.command(name="end")

@@ -25,6 +25,7 @@ from mlplatform.errors import DataError, PlatformError, RegistryError
 from mlplatform.feature_client import SERVICE
 from mlplatform.history import EVENT_TIMESTAMP, USER_ID
 from mlplatform.income import COLUMNS
+from mlplatform.promotion import gate
 from mlplatform.settings import DATASETS_BUCKET, find_root, find_settings
 
 BATCH = "income-batch"
@@ -293,7 +294,7 @@ def _crossed(figures: dict[str, float], thresholds: Thresholds) -> str:
 
 
 def train(data_uri: str, alias: str, seed: int) -> str:
-    """Fit the champion's estimator on a window of labelled rows, as notebook 2 does.
+    """Fit the champion's estimator on a window of labelled rows, as notebook 2 does, and evaluate it for the gate.
 
     Args:
         data_uri: The eight columns and the target.
@@ -312,7 +313,10 @@ def train(data_uri: str, alias: str, seed: int) -> str:
     training, testing = income.split(frame, seed=seed)
     datasets = tracking.write_datasets(training, testing, frame)
     mlflow.set_experiment(tracking.EXPERIMENT)
-    return tracking.fit_and_log("retrained", estimator, datasets, params={"seed": seed, "window": data_uri}).run_id
+    run = tracking.fit_and_log("retrained", estimator, datasets, params={"seed": seed, "window": data_uri})
+    with mlflow.start_run(run_id=run.run_id):
+        gate.log(gate.evaluate(run.model, testing, frame))
+    return run.run_id
 
 
 def decide(run_id: str) -> registry.Promotion:

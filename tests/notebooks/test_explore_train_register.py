@@ -152,7 +152,7 @@ def test_the_champion_loads_by_alias_and_scores_what_its_run_says(registered: di
 def test_both_decisions_are_listed(registered: dict[str, object]) -> None:
     events = registry.decisions().set_index("version")["event"]
     assert events.loc[registered["champion"]].startswith("promoted")
-    assert "margin" in registered["runner_up"]["reason"]
+    assert "lead in AUC" in registered["runner_up"]["reason"]
     assert registered["runner_up"]["reason"] in set(events)
 
 

@@ -81,7 +81,7 @@ def test_what_notebook_6_compared_was_everybody_and_equal(retrieved: dict[str, A
 
 def test_online_and_offline_predictions_agree_for_everybody(predicted: dict[str, Any]):
     assert predicted["scored"] == predicted["compared_online"] == 28_066
-    assert len(set(predicted["single"].values())) == 1
+    assert max(predicted["single"].values()) - min(predicted["single"].values()) < 1e-6
     assert len(predicted["single"]) == 3
 
 

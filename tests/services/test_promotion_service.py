@@ -168,10 +168,16 @@ def test_a_lock_of_a_dead_process_is_taken_over_and_the_dead_one_can_write_no_mo
 
 
 @pytest.fixture
-def champion(trained: list[str], name: str) -> tuple[str, str]:
-    """A model with a champion: its name, and where the champion's files lie in the object store."""
+def champion(trained: list[str], name: str) -> Iterator[tuple[str, str]]:
+    """A model with a champion: its name, and where the champion's files lie in the object store; they are put back."""
     registry.promote(registry.register(trained[0], name=name), name=name)
-    return name, stored(signing.model_id_of(registry.find(registry.CHAMPION, name=name)))
+    folder = stored(signing.model_id_of(registry.find(registry.CHAMPION, name=name)))
+    before = {uri: objectstore.read_bytes(uri) for uri in objectstore.list_objects(folder)["uri"]}
+    yield name, folder
+    added = set(objectstore.list_objects(folder)["uri"]) - set(before)
+    replace_in_place(folder, {uri.removeprefix(f"{folder}/"): None for uri in added})
+    for uri, body in before.items():
+        objectstore.write_bytes(body, uri)
 
 
 def stored(model_id: str) -> str:

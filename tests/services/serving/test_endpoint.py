@@ -91,7 +91,7 @@ def name(platform: Settings) -> Iterator[str]:
     chosen = f"test-{uuid4()}"
     for trees in (20, 40):
         run = tracking.fit_and_log(f"{trees} trees", XGBClassifier(n_estimators=trees, max_depth=4, n_jobs=2), data)
-        registry.register(run.run_id, name=chosen)
+        registry.sign(registry.register(run.run_id, name=chosen), name=chosen)
     mlflow.MlflowClient().set_registered_model_alias(chosen, "champion", "1")
     yield chosen
     mlflow.MlflowClient().delete_registered_model(chosen)
@@ -331,12 +331,12 @@ def test_a_release_goes_from_shadow_to_canary_to_all_and_back(
     mlflow.MlflowClient().set_registered_model_alias(name, registry.CHAMPION, "2")
     releases.end(name=name)
     _until(lambda: set(versions()) == {2}, "the promoted version never answered everybody")
-    assert releases.roll_back(name=name) == 1
+    assert releases.roll_back("too slow", name=name) == 1
     _until(lambda: set(versions()) == {1}, "the version before never came back")
     assert releases.read(name=name) == releases.Release(1)
     events = registry.decisions(name=name)["event"].tolist()
     assert events[0] == "answers in the shadow of the champion"
-    assert "rolled back to version 1" in events
+    assert "rolled back from version 2: too slow" in events
 
 
 def test_what_was_asked_is_in_the_object_store_without_the_users(name: str, store: Any, platform: Settings):
