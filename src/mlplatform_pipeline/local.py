@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from kfp import local
 
@@ -58,22 +59,27 @@ def run(
     Raises:
         PipelineError: A step failed; the message names it and its last line.
     """
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root), enable_caching=True)
-    before = set(root.glob("*"))
+    # A folder for each run: two may run side by side, and share what is cached.
+    folder = root / f"{pipeline.name}-{uuid4().hex[:8]}"
+    local.init(
+        local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(folder),
+        enable_caching=True,
+        cache_root=str(root / "cache"),
+    )
     said = _Lines(notify)
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _once(pipeline), _quiet():
             finished = pipeline(**arguments)
     except RuntimeError as error:
         raise PipelineError(f"{pipeline.name}: {_reason(said.getvalue())}") from error
-    (folder,) = set(root.glob("*")) - before - {root / ".kfp_cache"}
     return LocalRun(dict(finished.outputs), folder, read_outputs(folder), said.getvalue())
 
 
 def read_outputs(folder: Path) -> dict[str, dict[str, Any]]:
     """Read what each step of a run left, by its folder below the run's."""
     return {
-        str(path.parent.relative_to(folder)): json.loads(path.read_text()).get("parameterValues", {})
+        "/".join(path.parent.relative_to(folder).parts[1:]): json.loads(path.read_text()).get("parameterValues", {})
         for path in sorted(folder.rglob("executor_output.json"))
     }
 
