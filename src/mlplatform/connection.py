@@ -9,7 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mlplatform.errors import CredentialsError, ServiceDownError
-from mlplatform.settings import Settings, find_settings
+from mlplatform.settings import (
+    CONNECT_TIMEOUT_S,
+    S3_ANSWER_TIMEOUT_S,
+    S3_ATTEMPTS,
+    Settings,
+    find_settings,
+)
 
 if TYPE_CHECKING:
     from botocore.config import Config
@@ -38,6 +44,7 @@ def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
     check_services(settings)
     environ.update(settings.to_env())
     hasten_feast()
+    limit_waiting()
     return settings
 
 
@@ -53,6 +60,34 @@ def hasten_feast() -> None:
         return target if target is not None else typechecked
 
     typeguard.typechecked = typechecked
+
+
+def limit_waiting() -> None:
+    """Let libraries of this process give up on a service that hangs; call it before they make their clients.
+
+    MLflow's client and others on urllib3 would send a request that was not answered in time again and again. It may
+    have been carried out, so it is sent once; a refused connection is tried again as before. Feast and MLflow make S3
+    clients without a limit of their own, and botocore waits for a minute, five times.
+    """
+    import botocore.config
+    from urllib3.exceptions import ReadTimeoutError
+    from urllib3.util.retry import Retry
+
+    defaults: dict[str, Any] = botocore.config.Config.OPTION_DEFAULTS
+    defaults["connect_timeout"] = CONNECT_TIMEOUT_S
+    defaults["read_timeout"] = S3_ANSWER_TIMEOUT_S
+    defaults["retries"] = {"total_max_attempts": S3_ATTEMPTS, "mode": "standard"}
+    asks_again = Retry.increment
+    if getattr(asks_again, "limited", False):
+        return
+
+    def increment(self: Retry, *arguments: Any, **named: Any) -> Retry:
+        if isinstance(named.get("error"), ReadTimeoutError):
+            raise named["error"]
+        return asks_again(self, *arguments, **named)
+
+    increment.limited = True  # type: ignore[attr-defined]
+    Retry.increment = increment  # type: ignore[method-assign, assignment]
 
 
 def check_services(settings: Settings, *, timeout_s: float = 3.0) -> None:
@@ -85,7 +120,11 @@ def s3_client(settings: Settings | None = None, *, config: Config | None = None)
     import boto3
     from botocore.config import Config
 
-    limits = Config(connect_timeout=5, read_timeout=60, retries={"total_max_attempts": 3, "mode": "standard"})
+    limits = Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=S3_ANSWER_TIMEOUT_S,
+        retries={"total_max_attempts": S3_ATTEMPTS, "mode": "standard"},
+    )
     named: dict[str, str] = {}
     if settings is not None:
         named = {
@@ -129,11 +168,16 @@ def probe_online_store(settings: Settings, timeout_s: float) -> None:
         CredentialsError: It refuses the password.
     """
     import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
 
     address = settings.redis.split(",", 1)[0]
     try:
         with redis.Redis.from_url(
-            settings.redis_url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s
+            settings.redis_url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
         ) as client:
             client.ping()
     except redis.AuthenticationError as error:

@@ -27,11 +27,24 @@ BUCKETS = (DATASETS_BUCKET, ARTIFACTS_BUCKET, FEATURES_BUCKET, REGISTRY_BUCKET, 
 STATE_VARIABLE = "MLPLATFORM_STATE"
 STATE_FOLDER = ".platform"
 SETTINGS_FILE = "settings.json"
+SETTINGS_COPY = "settings.json.copy"
+
+# `make run` names itself in this variable, and MLflow's runs carry the name as this tag.
+RUN_VARIABLE = "MLPLATFORM_RUN"
+RUN_TAG = "mlplatform.make_run"
+
+# How long a client waits for a service, in seconds. A service that hangs is named within 10 s.
+CONNECT_TIMEOUT_S = 3
+ANSWER_TIMEOUT_S = 8
+# The object store's client and the online store's each ask again by themselves.
+S3_ANSWER_TIMEOUT_S = 4
+S3_ATTEMPTS = 2
+REDIS_ANSWER_TIMEOUT_S = 1
 
 # What every client of the platform is set to. No library sends usage data or asks a cloud for this machine's identity,
 # which costs seconds on a closed network. MLflow prints no progress bar and no remark below a cell. Artifacts pass
 # through MLflow's server: by default a client of 3.17 follows links to the object store, and in a cluster only pods
-# can reach the address in such a link.
+# can reach the address in such a link. Its client tries a refused connection again, and a late answer never.
 CLIENT_DEFAULTS = {
     "AWS_EC2_METADATA_DISABLED": "true",
     "DO_NOT_TRACK": "1",
@@ -40,6 +53,9 @@ CLIENT_DEFAULTS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
     "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(ANSWER_TIMEOUT_S),
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 
@@ -177,18 +193,28 @@ def find_settings(environ: Mapping[str, str] = os.environ) -> Settings:
 
 
 def read_state(state: Path) -> dict[str, str]:
-    """Read the variables that the embedded platform keeps in its state folder.
+    """Read the variables that the embedded platform keeps in its state folder, or in the copy beside them.
 
     Raises:
-        SettingsError: The file is missing or damaged.
+        SettingsError: Both files are missing or damaged.
     """
-    path = state / SETTINGS_FILE
-    try:
-        return dict(json.loads(path.read_text())["environment"])
-    except FileNotFoundError:
-        raise SettingsError(f"no platform was started here ({path} is missing); run 'make up'") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{path} is damaged ({error}); run 'make clean', then 'make up'") from error
+    problems = []
+    for name in (SETTINGS_FILE, SETTINGS_COPY):
+        try:
+            environment = json.loads((state / name).read_text())["environment"]
+            if all(isinstance(value, str) for value in environment.values()):
+                return dict(environment)
+            problems.append(f"{name}: a value is no text")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.append(f"{name}: {type(error).__name__}")
+    if problems:
+        raise SettingsError(
+            f"the settings in {state} are damaged ({'; '.join(problems)}); run 'make up', which makes them again and "
+            "keeps the data"
+        )
+    raise SettingsError(f"no platform was started here ({state / SETTINGS_FILE} is missing); run 'make up'")
 
 
 def read_settings(state: Path) -> Settings:

@@ -10,16 +10,16 @@ import os
 import shlex
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from mlplatform.connection import connect, hasten_feast
+from mlplatform.connection import check_services, connect, hasten_feast, limit_waiting
 from mlplatform.errors import NotebookError, PlatformError
-from mlplatform.settings import Settings, find_root, find_settings, state_folder
+from mlplatform.settings import RUN_VARIABLE, Settings, find_root, find_settings, state_folder
 from mlplatform_ops.cluster import commands as on_cluster
 from mlplatform_ops.cluster.commands import CURRENT, Target
 from mlplatform_ops.console import say, wide_console
@@ -276,7 +276,7 @@ def run(
         platform: Where; env is the platform that the environment's variables name.
         target: Which cluster, for k8s.
     """
-    from mlplatform_ops import runner
+    from mlplatform_ops import runner, unfinished
 
     root = find_root()
     folder = root / "notebooks"
@@ -285,11 +285,29 @@ def run(
     for path in chosen:
         runner.check_group(path)
         runner.check_parameters(path, given.get(path.stem, {}))
-    folder = (output or root / "build" / "notebooks").resolve()
     (root / "build").mkdir(exist_ok=True)
     (root / "build").chmod(0o700)
-    with _platform(platform, target, {name for path in chosen for name in runner.services(path)}) as settings:
-        executions = runner.run_all(chosen, folder, parameters=given, notify=say)
+    services = {name for path in chosen for name in runner.services(path)}
+    with (
+        runner.claim_folder((output or root / "build" / "notebooks").resolve()) as folder,
+        _platform(platform, target, services) as settings,
+    ):
+        name = os.environ[RUN_VARIABLE] = unfinished.new_run()
+        unfinished.close_runs(settings, unfinished.is_dead)
+        try:
+            executions = runner.run_all(
+                chosen, folder, parameters=given, notify=say, diagnose=lambda: check_services(settings)
+            )
+        finally:
+            del os.environ[RUN_VARIABLE]
+            killed = unfinished.close_runs(settings, lambda made: made == name)
+        if killed:
+            say(f"{killed} MLflow runs did not end and are marked KILLED")
+        if any(execution.stopped for execution in executions):
+            _show_results(executions)
+            done = sum(not execution.error and not execution.skipped for execution in executions)
+            say(f"stopped after {done} of {len(executions)} notebooks; run 'make run' to start again")
+            return 130
         _summarise(executions, settings, folder, platform)
     return int(any(execution.error or execution.skipped for execution in executions))
 
@@ -426,6 +444,7 @@ def _platform(platform: PlatformName, target: Target, services: Collection[str])
     ) as settings:
         os.environ.update(settings.to_env())
         hasten_feast()
+        limit_waiting()
         yield settings
 
 
@@ -455,19 +474,26 @@ def _parameters(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[st
     return parameters
 
 
-def _summarise(executions: Sequence[Execution], settings: Settings, output: Path, platform: PlatformName) -> None:
-    from mlflow import MlflowClient
+def _show_results(executions: Sequence[Execution]) -> None:
     from rich.table import Table
 
-    from mlplatform.modeling import SCORES
-    from mlplatform.registry import CHAMPION, MODEL_NAME, find
-
-    console = wide_console()
     table = Table("notebook", "seconds", "result")
     for execution in executions:
         result = "not run" if execution.skipped else execution.error or "ok"
         table.add_row(execution.name, f"{execution.seconds:.1f}", result)
-    console.print(table)
+    # The terminal may be closed, which is one way to stop a run.
+    with suppress(OSError):
+        wide_console().print(table)
+
+
+def _summarise(executions: Sequence[Execution], settings: Settings, output: Path, platform: PlatformName) -> None:
+    from mlflow import MlflowClient
+
+    from mlplatform.modeling import SCORES
+    from mlplatform.registry import CHAMPION, MODEL_NAME, find
+
+    _show_results(executions)
+    console = wide_console()
     champion = find(CHAMPION)
     if champion and champion.run_id:
         run = MlflowClient().get_run(champion.run_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ def wide_console() -> Console:
 
 
 def say(line: str) -> None:
-    """Print a line to standard error, at once."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line to standard error, at once; a terminal that was closed shows nothing."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def confirm(question: str) -> bool:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from mlplatform.errors import PortTakenError, SettingsError
 
 HOST = "127.0.0.1"
+LAST_PORT = 65_535
 
 
 class ServicePort(NamedTuple):
@@ -85,7 +86,7 @@ def users_port(variable: str, value: str) -> str:
         SettingsError: It is no port.
         PortTakenError: It is in use.
     """
-    if not value.isdigit() or not 1 <= int(value) <= 65_535:
+    if not value.isdigit() or not 1 <= int(value) <= LAST_PORT:
         raise SettingsError(f"{variable}={value!r} is not a port; set it to a number from 1 to 65535")
     if not is_free(int(value)):
         raise PortTakenError(

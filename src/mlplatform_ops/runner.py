@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 
-from mlplatform.errors import NotebookError
+from mlplatform.errors import NotebookError, PlatformError
 
 # Two at a time: a third kernel gains nothing on the two cores of a small CI machine.
 AT_ONCE = 2
 CELL_TIMEOUT_S = 600
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # The module of each group of packages that tells whether the group is installed.
 GROUPS = {"pipelines": "kfp", "serving": "bentoml", "drift": "evidently"}
@@ -41,7 +45,8 @@ class Execution:
         executed: The executed copy, with outputs.
         seconds: Wall time, from the kernel's start to its end.
         error: One line, empty when the notebook succeeded.
-        skipped: Whether it was not run because one that it needs had failed.
+        skipped: Whether it was not run because one that it needs had failed, or all were stopped before.
+        stopped: Whether it was running when a signal stopped all of them.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Execution:
     seconds: float = 0.0
     error: str = ""
     skipped: bool = False
+    stopped: bool = False
 
 
 def find_notebooks(folder: Path, *, groups: bool = False) -> list[Path]:
@@ -97,6 +103,27 @@ def require_group(name: str, *, what: str) -> None:
     """
     if find_spec(GROUPS[name]) is None:
         raise NotebookError(f"{what} needs the packages of the group {name!r}; run 'make .venv/.{name}'")
+
+
+@contextmanager
+def claim_folder(folder: Path) -> Iterator[Path]:
+    """Keep a folder for executed copies to one run: a second run at the same time gets `<folder>-2`, and so on.
+
+    Args:
+        folder: Where copies go when nobody else writes there.
+    """
+    from filelock import FileLock, Timeout
+
+    _make_folder(folder.parent)
+    number = 1
+    while True:
+        chosen = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            with FileLock(chosen.with_name(f".{chosen.name}.lock"), timeout=0):
+                yield chosen
+                return
+        except Timeout:
+            number += 1
 
 
 def needs(notebook: Path) -> set[str]:
@@ -158,14 +185,18 @@ def run_all(
     *,
     parameters: Parameters | None = None,
     notify: Callable[[str], None] = lambda _: None,
+    diagnose: Callable[[], None] = lambda: None,
 ) -> list[Execution]:
     """Run notebooks, each as soon as those that it needs have succeeded.
+
+    Ctrl-C, SIGTERM and a terminal that closes end the kernels at once; what was not run yet is skipped.
 
     Args:
         notebooks: Paths of notebooks. What one needs and is not among them counts as done.
         output: Where executed copies and their HTML go; made if missing.
         parameters: Values by parameter, by notebook name.
         notify: Called with a line when a notebook starts and ends.
+        diagnose: Called after a failure; raises a `PlatformError` that names a service which does not answer.
 
     Returns:
         One entry per notebook, in the order of their names. A failure does not stop those that do not need it.
@@ -184,19 +215,26 @@ def run_all(
         order.prepare()
     except CycleError as error:
         raise NotebookError(f"notebooks need each other in a circle: {' -> '.join(error.args[1])}") from None
-    output.mkdir(parents=True, exist_ok=True)
+    _make_folder(output)
 
     done: dict[str, Execution] = {}
     running: dict[Future[Execution], str] = {}
-    with _temporary_folder(), ThreadPoolExecutor(AT_ONCE) as pool:
+    with _temporary_folder(), _Stop() as stop, ThreadPoolExecutor(AT_ONCE) as pool:
         while order.is_active():
             for name in order.get_ready():
-                if any(done[need].error or done[need].skipped for need in needs(paths[name]) & paths.keys()):
+                if stop.asked or any(
+                    done[need].error or done[need].skipped for need in needs(paths[name]) & paths.keys()
+                ):
                     done[name] = Execution(name, output / paths[name].name, skipped=True)
                     order.done(name)
                 else:
-                    running[pool.submit(execute, paths[name], output, given.get(name, {}), notify)] = name
-            finished, _ = wait(running, return_when=FIRST_COMPLETED) if running else ((), ())
+                    running[
+                        pool.submit(execute, paths[name], output, given.get(name, {}), notify, diagnose, stop=stop)
+                    ] = name
+            # A short wait: a kernel that was being started when all were to stop is ended in the next round.
+            finished, _ = wait(running, 0.5, return_when=FIRST_COMPLETED) if running else ((), ())
+            if stop.asked:
+                stop.end_kernels()
             for future in finished:
                 done[running.pop(future)] = future.result()
                 order.done(future.result().name)
@@ -217,20 +255,73 @@ def _temporary_folder() -> Iterator[None]:
                 os.environ["TMPDIR"] = before
 
 
-def execute(notebook: Path, output: Path, parameters: Mapping[str, object], notify: Callable[[str], None]) -> Execution:
+class _Stop:
+    """Take the signals that stop a run for the time of the block, which runs in the main thread or is not stopped."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        with suppress(ValueError):  # signals can be taken in the main thread only
+            for number in STOPS:
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        self.asked = number
+        self.end_kernels()
+
+    def end_kernels(self) -> None:
+        """End every kernel of this process, and what it has started."""
+        import psutil
+
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                child.kill()
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotebookError(
+            f"cannot write to {output} ({error.strerror}); free it, or give another --output"
+        ) from error
+
+
+def execute(
+    notebook: Path,
+    output: Path,
+    parameters: Mapping[str, object],
+    notify: Callable[[str], None],
+    diagnose: Callable[[], None] = lambda: None,
+    stop: _Stop | None = None,
+) -> Execution:
     """Run one notebook in its own folder and render the executed copy as HTML, whether it succeeded or not.
+
+    The copy of an earlier run is replaced when this one has ended, so a full disk never leaves an empty one.
 
     Args:
         notebook: The notebook.
         output: The folder for the executed copy.
         parameters: Values by parameter.
         notify: Called with a line at the start and at the end.
+        diagnose: Raises a `PlatformError` that names a service which does not answer.
+        stop: Says whether all kernels were ended on purpose.
     """
     import papermill
     from traitlets.config import Config
 
-    notify(f"{notebook.stem} starts")
     executed = output / notebook.name
+    if stop and stop.asked:
+        return Execution(notebook.stem, executed, skipped=True)
+    notify(f"{notebook.stem} starts")
+    partial = output / f".running-{notebook.name}"
     start = time.monotonic()
     problem = ""
     # A kernel of this environment, even where the user has one of the same name.
@@ -238,7 +329,7 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], noti
     try:
         papermill.execute_notebook(
             str(notebook),
-            str(executed),
+            str(partial),
             dict(parameters),
             # Papermill's own `cwd` changes the folder of the whole process, under the feet of what runs beside this.
             resources={"metadata": {"path": str(notebook.parent.resolve())}},
@@ -251,14 +342,54 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, object], noti
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
         problem = f"In [{error.exec_count}]: {reason}"
+    except OSError as error:
+        problem = f"cannot write to {output}: {error.strerror or error}"
     except Exception as error:
-        # A kernel that died or a cell that hung: each has an exception class of its own library.
-        problem = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        # A kernel that died or a cell that took too long: each has an exception class of its own library.
+        kind = {"DeadKernelError": "the kernel died", "CellTimeoutError": f"no end after {CELL_TIMEOUT_S} s"}
+        name = type(error).__name__
+        problem = f"{_unfinished_cell(partial)}: {kind.get(name, f'{name}: {error}'.strip().splitlines()[0])}"
     seconds = time.monotonic() - start
+    if stop and stop.asked:
+        partial.unlink(missing_ok=True)
+        notify(f"{notebook.stem} stopped after {seconds:.1f} s")
+        return Execution(notebook.stem, executed, seconds, "stopped", stopped=True)
+    if problem:
+        try:
+            diagnose()
+        except PlatformError as error:
+            problem = f"{problem}; {error}"
+    lost = _keep(partial, executed)
+    problem = problem or lost
     notify(f"{notebook.stem} {'FAILED: ' + problem if problem else 'done'} after {seconds:.1f} s")
-    if executed.exists():
-        render(executed)
     return Execution(notebook.stem, executed, seconds, problem)
+
+
+def _keep(partial: Path, executed: Path) -> str:
+    """Put an executed copy in its place and render it.
+
+    Returns:
+        What went wrong, empty when nothing did.
+    """
+    try:
+        # What a full disk left is no notebook, and must not replace one.
+        json.loads(partial.read_text())
+        partial.replace(executed)
+        render(executed)
+    except (OSError, ValueError) as error:
+        partial.unlink(missing_ok=True)
+        return f"cannot write {executed}: {getattr(error, 'strerror', None) or 'it was cut off'}"
+    return ""
+
+
+def _unfinished_cell(executed: Path) -> str:
+    """Name the cell in which an executed copy ends, by its place and its first line."""
+    with suppress(OSError, ValueError, KeyError):
+        for place, cell in enumerate(json.loads(executed.read_text())["cells"], start=1):
+            if cell["metadata"].get("papermill", {}).get("status") == "running":
+                first = re.sub(r"\s+", " ", "".join(cell["source"]).strip().splitlines()[0])
+                return f"cell {place} ({first[:60]})"
+    return "before its first cell"
 
 
 def render(executed: Path) -> Path:

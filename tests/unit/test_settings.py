@@ -7,7 +7,7 @@ import pytest
 
 from mlplatform.connection import connect
 from mlplatform.errors import ServiceDownError, SettingsError
-from mlplatform.settings import REQUIRED, Settings, state_folder
+from mlplatform.settings import REQUIRED, Settings, read_settings, state_folder
 from mlplatform_ops.ports import free_port
 
 COMPLETE = {
@@ -87,8 +87,15 @@ def test_without_a_platform_connect_says_what_to_run(no_platform: Path) -> None:
 def test_damaged_settings_are_named(no_platform: Path) -> None:
     no_platform.mkdir()
     (no_platform / "settings.json").write_text('{"environment": ')
-    with pytest.raises(SettingsError, match=r"settings.json is damaged .* run 'make clean'"):
+    with pytest.raises(SettingsError, match=r"damaged \(settings.json: .*run 'make up', .* keeps the data"):
         connect()
+
+
+def test_damaged_settings_are_read_from_their_copy(no_platform: Path) -> None:
+    no_platform.mkdir()
+    (no_platform / "settings.json").write_text('{"environment": {"AWS_ENDPOINT_URL": 5}}')
+    (no_platform / "settings.json.copy").write_text(json.dumps({"environment": COMPLETE}))
+    assert read_settings(no_platform) == Settings.from_env(COMPLETE)
 
 
 def test_settings_of_an_earlier_version_name_the_way_out(no_platform: Path) -> None:

@@ -62,8 +62,10 @@ def evaluate(model: Pipeline, test: pd.DataFrame, frame: pd.DataFrame, *, seed: 
     return Evaluation(
         rows=len(test),
         calibration_error=calibration_error(labels(test), probability),
-        groups=group_rates(test, probability).to_dict("records"),
-        folds=scores.attrs,
+        groups=[
+            {str(key): value for key, value in row.items()} for row in group_rates(test, probability).to_dict("records")
+        ],
+        folds={str(key): value for key, value in scores.attrs.items()},
         fold_auc=scores["model"].tolist(),
     )
 

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from filelock import FileLock, Timeout
 from mlplatform.errors import CredentialsError, PlatformError, ServiceDownError, SettingsError
 from mlplatform.settings import (
     CLIENT_DEFAULTS,
+    SETTINGS_COPY,
     SETTINGS_FILE,
     STATE_VARIABLE,
     Settings,
@@ -45,6 +47,7 @@ from mlplatform_ops.embedded.services import (
     grpc_sockets,
     make_buckets,
     make_certificates,
+    recover_secrets,
     s3_config,
     security_config,
     valkey_config,
@@ -74,7 +77,7 @@ class ServiceStatus:
         url: Where it listens.
         pid: Its process id, 0 when it does not run.
         uptime_s: Seconds since it started, 0 when it does not run.
-        memory_bytes: Resident memory of the process and its children.
+        memory_bytes: Resident memory of the process; each service is one.
     """
 
     name: str
@@ -115,7 +118,8 @@ class EmbeddedPlatform:
         services = [service for service in SERVICES if not service.on_demand or service.name in also]
         with _one_at_a_time(notify):
             if not self.running():
-                previous = self._environment() if (self.state / SETTINGS_FILE).is_file() else {}
+                # Read before anything is ended.
+                previous = self._previous(notify)
                 self._end_processes()
                 self._supervisor.launch(self._variables(self._configure(previous, notify)))
             for service in services:
@@ -183,7 +187,10 @@ class EmbeddedPlatform:
         """
         settings = self.settings
         entries = self._supervisor.entries() if self.running() else {}
-        return [self._status_of(service, settings, entries.get(service.name)) for service in SERVICES]
+        # Side by side: each that hangs takes the time limit of its probe.
+        with ThreadPoolExecutor(len(SERVICES)) as pool:
+            asked = [pool.submit(self._status_of, entry, settings, entries.get(entry.name)) for entry in SERVICES]
+            return [status.result() for status in asked]
 
     def _status_of(self, service: Service, settings: Settings, entry: Mapping[str, Any] | None) -> ServiceStatus:
         url = self._url(service)
@@ -192,9 +199,7 @@ class EmbeddedPlatform:
         state = "ready" if self._answers(service, settings) else entry["statename"].lower()
         memory_bytes = 0
         with suppress(psutil.NoSuchProcess):
-            members = [psutil.Process(entry["pid"])]
-            members += members[0].children(recursive=True)
-            memory_bytes = sum(member.memory_info().rss for member in members)
+            memory_bytes = psutil.Process(entry["pid"]).memory_info().rss
         return ServiceStatus(
             service.name,
             "does not answer" if state == "running" else state,
@@ -230,6 +235,17 @@ class EmbeddedPlatform:
     def _environment(self) -> dict[str, str]:
         return read_state(self.state)
 
+    def _previous(self, notify: Notify) -> dict[str, str]:
+        """Read the variables of the last start; those of damaged settings come from what the servers read."""
+        try:
+            return self._environment()
+        except SettingsError as error:
+            recovered = recover_secrets(self.state)
+            if recovered:
+                damage = error.args[0].partition(";")[0]
+                notify(f"{damage}; made again, with {', '.join(recovered)} as the servers know them")
+            return recovered
+
     def _configure(self, previous: Mapping[str, str], notify: Notify) -> dict[str, str]:
         """Choose ports, make the credentials that are not there yet, write what each service reads.
 
@@ -248,7 +264,8 @@ class EmbeddedPlatform:
             for folder in FOLDERS:
                 (self.state / folder).mkdir(mode=0o700, exist_ok=True)
             make_certificates(self.state / "certificates")
-            write_private(self.state / SETTINGS_FILE, json.dumps({"environment": environment}, indent=2))
+            for name in (SETTINGS_FILE, SETTINGS_COPY):
+                write_private(self.state / name, json.dumps({"environment": environment}, indent=2))
             write_private(self.state / "s3.json", s3_config(environment))
             write_private(self.state / "security.toml", security_config())
             write_private(self.state / "valkey.conf", valkey_config(environment))
@@ -314,8 +331,12 @@ class EmbeddedPlatform:
             raise ServiceDownError(f"{error}; another program may have taken its port") from error
         except (PlatformError, OSError):
             return False
-        # The service accepted our password. Also check that our supervisor started it.
-        return self._supervisor.entry(service.name)["statename"] in {"STARTING", "RUNNING"}
+        # The service accepted our password. Also check that it is the one that our supervisor started.
+        port = int(self._environment()[service.variable])
+        with suppress(psutil.NoSuchProcess):
+            listening = psutil.Process(self._supervisor.entry(service.name)["pid"]).net_connections("inet")
+            return any(entry.status == psutil.CONN_LISTEN and entry.laddr.port == port for entry in listening)
+        return False
 
     def _log(self, service: Service) -> Path:
         return self.state / "logs" / f"{service.name}.log"

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 
 from mlplatform.connection import probe_mlflow, probe_object_store, probe_online_store, s3_client
-from mlplatform.settings import BUCKETS, SETTINGS_FILE, Settings
+from mlplatform.settings import (
+    BUCKETS,
+    CONNECT_TIMEOUT_S,
+    REDIS_ANSWER_TIMEOUT_S,
+    SETTINGS_COPY,
+    SETTINGS_FILE,
+    Settings,
+)
 from mlplatform_ops.console import Notify
 from mlplatform_ops.files import write_private
-from mlplatform_ops.ports import HOST, SERVICE_PORTS, free_port, is_free, users_port
+from mlplatform_ops.ports import HOST, LAST_PORT, SERVICE_PORTS, free_port, is_free, users_port
 from mlplatform_ops.service_files import Identity, mlflow_auth, object_store_identities
 
 
@@ -56,7 +65,7 @@ FILES = (
     "s3.sock",
     "filer.sock",
 )
-CONTENTS = (*FOLDERS, *FILES, SETTINGS_FILE)
+CONTENTS = (*FOLDERS, *FILES, SETTINGS_FILE, SETTINGS_COPY)
 CERTIFICATE_YEARS = 10
 
 # Ports that only the services themselves use: any free one will do.
@@ -190,18 +199,45 @@ def choose_ports(
         if environ.get(service.variable):
             ports[service.variable] = users_port(service.variable, environ[service.variable])
             continue
-        port = int(previous.get(service.variable, service.port if defaults else 0))
+        port = _kept_port(previous, service.variable) or (service.port if defaults else 0)
         if not port or not is_free(port):
             taken, port = port, free_port(avoid=ports.values())
             if taken:
                 notify(f"port {taken} is taken: {service.name} gets {port} instead (to choose: {service.variable})")
         ports[service.variable] = str(port)
     for name in INNER_PORTS:
-        port = int(previous.get(name, 0))
+        port = _kept_port(previous, name)
         # A file that a stranger put in the socket's place would stop SeaweedFS.
         kept = port and is_free(port) and not ("GRPC" in name and _grpc_socket(name, str(port)).exists())
         ports[name] = str(port if kept else free_port(avoid=ports.values()))
     return ports
+
+
+def _kept_port(previous: Mapping[str, str], variable: str) -> int:
+    """Give the port of the last start; 0 when there is none, or settings hold something else in its place."""
+    value = previous.get(variable, "")
+    return int(value) if value.isdecimal() and 0 < int(value) <= LAST_PORT else 0
+
+
+def recover_secrets(state: Path) -> dict[str, str]:
+    """Read the secrets that data depends on from the files in which servers find them, for want of the settings.
+
+    Args:
+        state: The state folder.
+
+    Returns:
+        Those that are found, by variable.
+    """
+    found = {}
+    for variable, name, pattern in (
+        ("MLFLOW_TRACKING_PASSWORD", "basic_auth.ini", r"^admin_password = (\S+)$"),
+        ("AWS_SECRET_ACCESS_KEY", "s3.json", r'"secretKey": "([^"]+)"'),
+        ("MLPLATFORM_REDIS_PASSWORD", "valkey.conf", r"^requirepass (\S+)$"),
+    ):
+        with suppress(OSError, UnicodeDecodeError):
+            if match := re.search(pattern, (state / name).read_text(), re.MULTILINE):
+                found[variable] = match[1]
+    return found
 
 
 def addresses(environment: Mapping[str, str]) -> dict[str, str]:
@@ -213,7 +249,8 @@ def addresses(environment: Mapping[str, str]) -> dict[str, str]:
         "AWS_ACCESS_KEY_ID": "platform",
         "AWS_DEFAULT_REGION": "us-east-1",
         "REDIS_CONNECTION_STRING": (
-            f"{HOST}:{environment['MLPLATFORM_REDIS_PORT']},password={environment['MLPLATFORM_REDIS_PASSWORD']}"
+            f"{HOST}:{environment['MLPLATFORM_REDIS_PORT']},password={environment['MLPLATFORM_REDIS_PASSWORD']},"
+            f"socket_connect_timeout={CONNECT_TIMEOUT_S},socket_timeout={REDIS_ANSWER_TIMEOUT_S}"
         ),
         "FEATURE_SERVER_URL": f"http://{HOST}:{environment['MLPLATFORM_FEATURE_SERVER_PORT']}",
         "MODEL_ENDPOINT_URL": f"http://{HOST}:{environment['MLPLATFORM_ENDPOINT_PORT']}",

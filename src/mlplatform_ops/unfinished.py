@@ -1,0 +1,80 @@
+"""Close MLflow runs that a dead kernel left as RUNNING, by the tag that says which `make run` made them.
+
+MLflow itself is not imported: that takes seconds, and a run that is being stopped has none.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import psutil
+import requests
+
+from mlplatform.settings import RUN_TAG, Settings
+
+TIMEOUT_S = 4.0
+
+
+def new_run() -> str:
+    """Name this process's run: `host/pid/second of start/digits`, by which another process sees whether it is alive."""
+    process = psutil.Process(os.getpid())
+    return f"{socket.gethostname()}/{process.pid}/{process.create_time():.0f}/{secrets.token_hex(4)}"
+
+
+def is_dead(name: str) -> bool:
+    """Say whether the process that a run was named after has ended; of another host, nothing is known."""
+    try:
+        host, pid, second, _ = name.rsplit("/", 3)
+        if host != socket.gethostname():
+            return False
+        return abs(psutil.Process(int(pid)).create_time() - int(second)) > 1
+    except psutil.NoSuchProcess:
+        return True
+    except (ValueError, psutil.Error):
+        return False
+
+
+def close_runs(settings: Settings, ended: Callable[[str], bool]) -> int:
+    """Mark runs as KILLED which still say that they run.
+
+    Args:
+        settings: The platform.
+        ended: Says, by the tag's value, whether the `make run` that made a run has ended.
+
+    Returns:
+        How many there were; 0 too when MLflow does not answer within seconds.
+    """
+    closed = 0
+    with suppress(requests.RequestException, KeyError, ValueError):
+        experiments = _ask(settings, "experiments/search", max_results=1000).get("experiments", [])
+        found = _ask(
+            settings,
+            "runs/search",
+            experiment_ids=[entry["experiment_id"] for entry in experiments],
+            filter=f"attributes.status = 'RUNNING' and tags.`{RUN_TAG}` LIKE '%/%'",
+            max_results=1000,
+        )
+        for run in found.get("runs", []):
+            tags = {tag["key"]: tag["value"] for tag in run["data"].get("tags", [])}
+            if ended(tags[RUN_TAG]):
+                end_ms = int(time.time() * 1000)
+                _ask(settings, "runs/update", run_id=run["info"]["run_id"], status="KILLED", end_time=end_ms)
+                closed += 1
+    return closed
+
+
+def _ask(settings: Settings, method: str, **body: Any) -> dict[str, Any]:
+    answer = requests.post(
+        f"{settings.tracking_uri}/api/2.0/mlflow/{method}",
+        json=body,
+        auth=(settings.tracking_username, settings.tracking_password),
+        timeout=TIMEOUT_S,
+    )
+    answer.raise_for_status()
+    return dict(answer.json())
