@@ -15,7 +15,17 @@ __all__ = ["connect"]
 
 # These need MLflow or Feast, which read some of their settings, and call home, while they are being imported. So
 # `from mlplatform import tracking` waits with that import until `tracking` is first used, which is after `connect`.
-_HEAVY = ("drift_watch", "features", "lineage", "registry", "tracking")
+_HEAVY = (
+    "drift_watch",
+    "evaluation",
+    "features",
+    "lineage",
+    "registry",
+    "releases",
+    "run_context",
+    "serving",
+    "tracking",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -69,7 +69,7 @@ def open_store(repo: Path | None = None) -> FeatureStore:
         repo: The folder of `feature_store.yaml`, by default `feature_repo` of the clone around the working directory.
 
     Raises:
-        RegistryError: There is no registry yet.
+        RegistryError: There is no registry yet, it was written without the key, or it brings code.
         ServiceDownError: The object store does not answer.
     """
     folder = _folder(repo)
@@ -79,7 +79,10 @@ def open_store(repo: Path | None = None) -> FeatureStore:
     except MissingObjectError as error:
         # Feast would write an empty registry now, and say later that nothing is registered.
         raise RegistryError(f"there is no feature registry at {uri}; {_NEXT}") from error
-    return FeatureStore(repo_path=str(folder))
+    store = FeatureStore(repo_path=str(folder))
+    # Feast reads the registry when it is first needed; what is refused shall be refused here.
+    store.refresh_registry()  # type: ignore[no-untyped-call]
+    return store
 
 
 def apply(repo: Path | None = None, *, notify: Notify = lambda _: None) -> FeatureStore:

@@ -67,7 +67,7 @@ MISTAKES = [
     (
         "k8s-secrets --rotate radis",
         2,
-        'Invalid value "radis" for --rotate. Choose from: "feature-server", ',
+        'Invalid value "radis" for --rotate. Choose from: "endpoint", "feature-server", ',
     ),
     ("backup", 2, "No command is given to backup" + HELP.format(" backup")),
     ("backup save", 2, 'Command "backup save" parameter FOLDER requires an argument' + HELP.format(" backup save")),
