@@ -5,9 +5,9 @@ Importing this package, or any module of it, starts nothing and reads no environ
 
 from __future__ import annotations
 
-import sys
-from importlib.util import LazyLoader, find_spec, module_from_spec
+from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from mlplatform.connection import connect
 
@@ -28,13 +28,26 @@ _HEAVY = (
 )
 
 
+class _Later(ModuleType):
+    """Stands for a module until an attribute of it is asked for.
+
+    Python 3.11's `importlib.util.LazyLoader` fails when two threads ask first at the same time; an import does not.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self.__name__), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(import_module(self.__name__), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(import_module(self.__name__), name)
+
+    def __dir__(self) -> list[str]:
+        return dir(import_module(self.__name__))
+
+
 def __getattr__(name: str) -> ModuleType:
-    full_name = f"{__name__}.{name}"
-    spec = find_spec(full_name) if name in _HEAVY else None
-    if spec is None or spec.loader is None:
+    if name not in _HEAVY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    spec.loader = LazyLoader(spec.loader)
-    module = sys.modules[full_name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    globals()[name] = module
-    return module
+    return _Later(f"{__name__}.{name}")
