@@ -58,14 +58,13 @@ def evaluate(model: Pipeline, test: pd.DataFrame, frame: pd.DataFrame, *, seed: 
         seed: Number that fixes the folds; two models can be compared only if theirs is the same.
     """
     probability = probabilities(model, test)
+    rates = group_rates(test, probability)
     scores = fold_scores({"model": model.named_steps["estimator"]}, frame, seed=seed)
     return Evaluation(
         rows=len(test),
         calibration_error=calibration_error(labels(test), probability),
-        groups=[
-            {str(key): value for key, value in row.items()} for row in group_rates(test, probability).to_dict("records")
-        ],
-        folds={str(key): value for key, value in scores.attrs.items()},
+        groups=[{str(key): value for key, value in row.items()} for row in rates.to_dict("records")],
+        folds={str(key): int(value) for key, value in scores.attrs.items()},
         fold_auc=scores["model"].tolist(),
     )
 
