@@ -50,7 +50,9 @@ TOKEN = os.environ.get("BENCHMARK_TOKEN", "")
 def main() -> None:
     """Measure all contenders and print a Markdown table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--requests", type=int, default=1_500, help="requests per contender and number of clients")
+    parser.add_argument(
+        "--requests", type=int, default=1_500, help="requests per contender and number of clients; 0: none"
+    )
     parser.add_argument("--moves-for", type=float, default=60.0, help="seconds under load while the alias moves")
     parser.add_argument("--role", choices=("fastapi", "bentoml", "empty"), help="serve as this contender")
     parser.add_argument("--port", type=int)
@@ -88,7 +90,7 @@ def main() -> None:
     ]
     show(("contender", "clients", "CPU per request, ms", "p50, ms", "p99, ms", "p99 / p50", "requests/s", "failed"))
     show(("---",) * 8)
-    for name, command, ready, path, body in contenders:
+    for name, command, ready, path, body in contenders if options.requests else ():
         with running(command, ready) as (process, port):
             for clients in CLIENTS:
                 load(process, port, path, body, token, clients=clients, count=10 * clients)
@@ -212,10 +214,13 @@ def move_under_load(token: str, seconds: float) -> None:
 
     source = find(CHAMPION)
     assert source is not None, "no champion; run 'make run'"
+    model = str(source.source)
     name, registry = f"benchmark-{uuid4()}", mlflow.MlflowClient()
     registry.create_registered_model(name)
     for _ in range(2):
-        registry.create_model_version(name, source.source, source.run_id, await_creation_for=0)
+        registry.create_model_version(
+            name, model, source.run_id, await_creation_for=0, model_id=model.partition("/")[2]
+        )
     registry.set_registered_model_alias(name, CHAMPION, "1")
     try:
         with running([sys.executable, "-m", "mlplatform_serving", "--log", "", "--model", name], "/readyz") as (
