@@ -22,7 +22,6 @@ _HEAVY = (
     "lineage",
     "registry",
     "releases",
-    "run_context",
     "serving",
     "tracking",
 )
