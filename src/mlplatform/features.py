@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -24,7 +23,7 @@ from feast.repo_operations import apply_total
 from mlplatform import history, objectstore
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, RegistryError, ServiceDownError
 from mlplatform.feast_plugins.compute_engine import MaterialisedView, PipelinedComputeEngine
-from mlplatform.feast_plugins.registry_store import LostRaceError, applying
+from mlplatform.feast_plugins.registry_store import LostRaceError, applying, importing_from
 from mlplatform.feature_client import _NEXT, SERVICE, checked_users, online_frame
 from mlplatform.history import USER_ID, WINDOW_END, WINDOW_START
 from mlplatform.income import read_income
@@ -98,7 +97,7 @@ def apply(repo: Path | None = None, *, notify: Notify = lambda _: None) -> Featu
     """
     folder = _folder(repo)
     config = load_repo_config(folder, folder / "feature_store.yaml")
-    with _importing_from(folder), _store_errors(config.online_store.connection_string), _captured(notify), applying():
+    with importing_from(folder), _store_errors(config.online_store.connection_string), _captured(notify), applying():
         _retry_lost_races(lambda: apply_total(config, folder, skip_source_validation=True))
     return FeatureStore(repo_path=str(folder))
 
@@ -282,21 +281,6 @@ def _captured(notify: Notify = lambda _: None) -> Iterator[None]:
     for line in said.getvalue().splitlines():
         if line.strip():
             notify(line.strip())
-
-
-@contextlib.contextmanager
-def _importing_from(folder: Path) -> Iterator[None]:
-    """Let Feast import a repository's files as top-level modules, and forget them afterwards."""
-    before, bytecode = set(sys.modules), sys.dont_write_bytecode
-    sys.path.insert(0, str(folder))
-    try:
-        with contextlib.chdir(folder):
-            yield
-    finally:
-        sys.path.remove(str(folder))
-        sys.dont_write_bytecode = bytecode
-        for name in {path.stem for path in folder.glob("*.py")} - before:
-            sys.modules.pop(name, None)
 
 
 def _folder(repo: Path | None) -> Path:

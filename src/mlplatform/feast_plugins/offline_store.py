@@ -7,6 +7,7 @@ past its ttl, or the key is unknown. `feature_store.yaml` names the class, so th
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
+from feast.data_format import ParquetFormat
 from feast.data_source import DataSource
 from feast.errors import SavedDatasetLocationAlreadyExists
 from feast.feature_logging import LoggingConfig, LoggingSource
@@ -32,12 +34,13 @@ from feast.repo_config import RepoConfig
 from feast.saved_dataset import SavedDatasetStorage
 from pydantic import StrictStr
 
-from mlplatform.errors import DataError
+from mlplatform.errors import DataError, MissingObjectError
 from mlplatform.feast_plugins.duckdb_s3 import connection, duckdb_errors, microseconds, quote_name
 from mlplatform.feast_plugins.parquet_source import ParquetFile, _in_utc, check_endpoint, filesystem, quoted
 from mlplatform.feast_plugins.point_in_time import Lookup, point_in_time, tie_breakers
 from mlplatform.history import EVENT_TIMESTAMP
 
+_LOG = logging.getLogger(__name__)
 # How far back a range without a start reaches where no view has a ttl; Feast's own choice.
 DEFAULT_RANGE = timedelta(days=30)
 
@@ -233,15 +236,19 @@ class S3DuckDBOfflineStore(DuckDBOfflineStore):
         )
 
     def validate_data_source(self, config: RepoConfig, data_source: DataSource) -> None:
-        """Make sure that a source can be read and has its event time.
+        """Warn of a source that can't be read or lacks its event time, as Feast does: it may be written later.
 
         Raises:
-            DataError: It has no event time, or is no parquet.
-            MissingObjectError: It is not there.
+            DataError: It is no parquet file, or in another object store.
         """
         file = ParquetFile.of(data_source, config)
-        with connection() as duck:
-            file.describe(duck, [data_source.timestamp_field], data_source.timestamp_field)
+        column_of = {new: old for old, new in data_source.field_mapping.items()}
+        timestamp_field = column_of.get(data_source.timestamp_field, data_source.timestamp_field)
+        try:
+            with connection() as duck:
+                file.describe(duck, [timestamp_field], timestamp_field)
+        except (DataError, MissingObjectError) as error:
+            _LOG.warning("%s", error)
 
     def get_table_column_names_and_types_from_data_source(
         self, config: RepoConfig, data_source: DataSource
@@ -355,6 +362,7 @@ def _local_copy(config: RepoConfig, source: DataSource) -> Iterator[FileSource]:
         yield FileSource(
             name=source.name,
             path=path,
+            file_format=ParquetFormat(),
             timestamp_field=source.timestamp_field,
             created_timestamp_column=source.created_timestamp_column,
             field_mapping=dict(source.field_mapping),

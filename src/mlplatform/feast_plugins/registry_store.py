@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import linecache
 import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -262,7 +263,7 @@ def _disarm(function: Message) -> None:
         if field.type == field.TYPE_BYTES:
             setattr(function, field.name, dill.dumps(_unchanged))
         elif field.name == "body_text":
-            function.ClearField(field.name)
+            function.body_text = "def unchanged(values):\n    return values\n"
 
 
 def _disarm_record(record: Message, known: Mapping[tuple[str, ...], Message]) -> None:
@@ -315,18 +316,28 @@ def _functions(message: Message, path: str = "registry") -> Iterator[tuple[str, 
             yield from _functions(part, f"{path}/{name}" if name else path)
 
 
+@contextmanager
+def importing_from(folder: Path) -> Iterator[None]:
+    """Let Feast import a repository's files as top-level modules, and forget them afterwards."""
+    before, bytecode = set(sys.modules), sys.dont_write_bytecode
+    sys.path.insert(0, str(folder))
+    try:
+        with chdir(folder):
+            yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.dont_write_bytecode = bytecode
+        for name in {path.stem for path in folder.glob("*.py")} - before:
+            sys.modules.pop(name, None)
+
+
 def _repository_functions(repo: Path) -> dict[tuple[str, ...], Message]:
     from feast.repo_operations import _get_repo_contents
 
     config = load_repo_config(repo, repo / "feature_store.yaml")
-    sys.path.insert(0, str(repo))
-    before = Path.cwd()
-    try:
-        os.chdir(repo)
+    linecache.checkcache()  # a function's source is looked up there, and a file may have changed since
+    with importing_from(repo):
         contents = _get_repo_contents(repo, config.project, config)
-    finally:
-        os.chdir(before)
-        sys.path.remove(str(repo))
     views = [*contents.feature_views, *contents.on_demand_feature_views, *contents.stream_feature_views]
     return {_source(function): function for view in views for _, function in _functions(view.to_proto())}
 
