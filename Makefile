@@ -9,7 +9,7 @@ PLATFORM ?= embedded
 OVERLAY ?= local
 CLUSTER = --overlay $(OVERLAY) $(if $(CONTEXT),--context '$(CONTEXT)') $(if $(YES),--yes)
 # Two processes: what needs the session's platform runs in one, the rest beside it (tests/conftest.py).
-PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(if $(DURATIONS),--durations $(DURATIONS))
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(if $(DURATIONS),--durations $(DURATIONS))
 GROUPS = $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift
 CLI = $(BIN)/python -m mlplatform_ops
 PIPELINE = $(BIN)/python -W ignore -m mlplatform_pipeline

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from mlplatform.connection import hasten_feast
 from mlplatform.settings import STATE_VARIABLE, VARIABLES, Settings
@@ -15,24 +19,31 @@ from mlplatform_ops.embedded.platform import EmbeddedPlatform
 
 hasten_feast()
 ROOT = Path(__file__).parent.parent
-SHARED = {"embedded", "executed", "platform"}
+SHARED = ("embedded", "executed", "platform")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Divide the tests between the two processes of `make test`.
+class _Halves(LoadScopeScheduling):
+    """Divides the tests between the two processes of `make test`.
 
-    All that need the session's platform share one process, which starts it once. They come first, since they take
-    longest. Beside them, the other process takes one file after the other.
+    All files whose tests need the session's platform go to one process, which starts it once. The other process takes
+    one file after the other. (`--dist loadgroup` would do, but xdist 3.8 cannot name its groups under pytest 9.)
     """
 
-    def needs_platform(item: pytest.Item) -> bool:
-        return bool(SHARED & set(getattr(item, "fixturenames", ())))
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "platform" if _needs_platform(path) else path
 
-    for item in items:
-        group = "platform" if needs_platform(item) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=needs_platform, reverse=True)
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Have xdist divide the tests as above."""
+    return _Halves(config, log)
+
+
+@cache
+def _needs_platform(path: str) -> bool:
+    beside = (ROOT / path).with_name("conftest.py")
+    text = (ROOT / path).read_text() + (beside.read_text() if beside.exists() else "")
+    return re.search(rf"\b({'|'.join(SHARED)}): |usefixtures\(.*({'|'.join(SHARED)})", text) is not None
 
 
 @pytest.fixture(scope="session")
