@@ -35,7 +35,7 @@ def test_every_run_has_mlflows_metrics_and_five_plots(evaluated: dict[str, dict]
         assert {"evaluation_recall_score", "evaluation_roc_auc", "evaluation_calibration_error"} <= set(
             run.data.metrics
         )
-        plots = {Path(entry.path).name for entry in mlflow.artifacts.list_artifacts(f"runs:/{run_id}")}
+        plots = {Path(entry.path).name for entry in mlflow.artifacts.list_artifacts(run_id=run_id)}
         named = ("roc_curve_plot", "precision_recall_curve_plot", "lift_curve_plot", "calibration_curve_plot")
         assert {f"evaluation_{name}.png" for name in (*named, "confusion_matrix")} <= plots
 
@@ -50,7 +50,7 @@ def test_women_and_black_people_with_a_high_income_are_found_less_often(groups: 
 def test_three_columns_carry_the_model(evaluated: dict[str, dict]) -> None:
     expected = {"Marital-Status": 0.106, "Education": 0.053, "Occupation": 0.037}
     assert {name: evaluated["importance"][name] for name in expected} == pytest.approx(expected, abs=0.01)
-    assert list(evaluated["importance"])[:3] == list(expected)
+    assert sorted(evaluated["importance"], key=evaluated["importance"].__getitem__)[:-4:-1] == list(expected)
 
 
 def test_a_threshold_by_cost_is_cheaper_than_one_half(evaluated: dict[str, dict]) -> None:
