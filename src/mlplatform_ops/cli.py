@@ -286,7 +286,9 @@ def run(
         runner.check_group(path)
         runner.check_parameters(path, given.get(path.stem, {}))
     (root / "build").mkdir(exist_ok=True)
-    (root / "build").chmod(0o700)
+    # In a pod the folder is a volume, which belongs to the cluster.
+    with suppress(PermissionError):
+        (root / "build").chmod(0o700)
     services = {name for path in chosen for name in runner.services(path)}
     with (
         runner.claim_folder((output or root / "build" / "notebooks").resolve()) as folder,
