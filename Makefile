@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PLATFORM ?= embedded
 OVERLAY ?= local
 CLUSTER = --overlay $(OVERLAY) $(if $(CONTEXT),--context '$(CONTEXT)') $(if $(YES),--yes)
-# Two processes: what needs the session's platform runs in one, the rest beside it (tests/conftest.py).
+# Two processes: what needs the executed notebooks runs in one, the rest beside it (tests/conftest.py).
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(if $(DURATIONS),--durations $(DURATIONS))
 GROUPS = $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift
 CLI = $(BIN)/python -m mlplatform_ops

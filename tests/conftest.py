@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +17,24 @@ from mlplatform_ops.embedded.platform import EmbeddedPlatform
 
 hasten_feast()
 ROOT = Path(__file__).parent.parent
-SHARED = ("embedded", "executed", "platform")
 
 
 class _Halves(LoadScopeScheduling):
     """Divides the tests between the two processes of `make test`.
 
-    All files whose tests need the session's platform go to one process, which starts it once. The other process takes
-    one file after the other. (`--dist loadgroup` would do, but xdist 3.8 cannot name its groups under pytest 9.)
+    All files whose tests need the executed notebooks go to one process, which executes them once. The other process
+    takes one file after the other; each starts a platform when a test first asks for it. (`--dist loadgroup` would do,
+    but xdist 3.8 cannot name its groups under pytest 9.)
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
-        return "platform" if _needs_platform(path) else path
+        return "notebooks" if "executed: " in (ROOT / path).read_text() else path
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """Have xdist divide the tests as above."""
     return _Halves(config, log)
-
-
-@cache
-def _needs_platform(path: str) -> bool:
-    beside = (ROOT / path).with_name("conftest.py")
-    text = (ROOT / path).read_text() + (beside.read_text() if beside.exists() else "")
-    return re.search(rf"\b({'|'.join(SHARED)}): |usefixtures\(.*({'|'.join(SHARED)})", text) is not None
 
 
 @pytest.fixture(scope="session")
