@@ -25,7 +25,8 @@ def wide_console() -> Console:
 def say(line: str) -> None:
     """Print a line to standard error, at once; a terminal that was closed shows nothing."""
     with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        # In one piece: two notebooks may speak at the same time.
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
 def confirm(question: str) -> bool:
