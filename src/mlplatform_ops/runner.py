@@ -383,13 +383,17 @@ def _keep(partial: Path, executed: Path) -> str:
 
 
 def _unfinished_cell(executed: Path) -> str:
-    """Name the cell in which an executed copy ends, by its place and its first line."""
+    """Name the last cell that an executed copy started, by its place and its first line.
+
+    Papermill may have marked it as completed already: it does so whatever ended the cell.
+    """
+    name = "before its first cell"
     with suppress(OSError, ValueError, KeyError):
         for place, cell in enumerate(json.loads(executed.read_text())["cells"], start=1):
-            if cell["metadata"].get("papermill", {}).get("status") == "running":
+            if cell["metadata"].get("papermill", {}).get("start_time") and cell["cell_type"] == "code":
                 first = re.sub(r"\s+", " ", "".join(cell["source"]).strip().splitlines()[0])
-                return f"cell {place} ({first[:60]})"
-    return "before its first cell"
+                name = f"cell {place} ({first[:60]})"
+    return name
 
 
 def render(executed: Path) -> Path:
