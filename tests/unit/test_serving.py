@@ -11,7 +11,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from xgboost import XGBClassifier
 
-from mlplatform import endpoint_log, income, modeling, objectstore, releases, serving
+import mlplatform.releases as releases  # the modules themselves, since names of them are replaced below
+import mlplatform.serving as serving
+from mlplatform import endpoint_log, income, modeling, objectstore
 from mlplatform.endpoint_log import EndpointLog
 from mlplatform.errors import ServiceDownError
 
