@@ -196,7 +196,7 @@ def ui() -> None:
 @app.command
 def serve_model() -> None:
     """Start the endpoint that serves the champion."""
-    from mlplatform.model_client import readiness
+    from mlplatform.serving.model_client import readiness
     from mlplatform_ops.runner import require_group
 
     require_group("serving", what="the endpoint")
@@ -235,7 +235,7 @@ def drift(
         target: Which cluster, for k8s.
     """
     with _platform(platform, target, ()):
-        from mlplatform import drift_watch
+        from mlplatform.monitoring import drift_watch
 
         source, rows = drift_watch.find_batch(batch, days=days)
         watched = drift_watch.watch(rows, source=source)
@@ -321,7 +321,7 @@ def release_shadow(version: int, /) -> None:
     Args:
         version: The challenger's number.
     """
-    from mlplatform import releases
+    from mlplatform.serving import releases
 
     connect()
     releases.shadow(version)
@@ -336,7 +336,7 @@ def release_canary(version: int, /, *, share: float = 0.1) -> None:
         version: The challenger's number.
         share: From 0 to 1.
     """
-    from mlplatform import releases
+    from mlplatform.serving import releases
 
     connect()
     releases.canary(version, share)
@@ -346,7 +346,7 @@ def release_canary(version: int, /, *, share: float = 0.1) -> None:
 @release.command(name="promote")
 def release_promote() -> int:
     """Make the version that is being released the champion, if the gate lets it pass."""
-    from mlplatform import releases
+    from mlplatform.serving import releases
 
     connect()
     outcome = releases.promote()
@@ -361,7 +361,7 @@ def release_roll_back(reason: str, /) -> None:
     Args:
         reason: Why, in a few words; the registry records it.
     """
-    from mlplatform import releases
+    from mlplatform.serving import releases
 
     connect()
     say(f"version {releases.roll_back(reason)} is the champion again")
@@ -370,7 +370,7 @@ def release_roll_back(reason: str, /) -> None:
 @release.command(name="end")
 def release_end() -> None:
     """End a release; the champion answers everybody."""
-    from mlplatform import releases
+    from mlplatform.serving import releases
 
     connect()
     releases.end()
@@ -380,7 +380,7 @@ def release_end() -> None:
 @release.command(name="status")
 def release_status() -> None:
     """Show which versions answer, and how."""
-    from mlplatform import releases
+    from mlplatform.serving import releases
 
     connect()
     record = releases.read()

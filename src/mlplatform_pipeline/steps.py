@@ -19,12 +19,13 @@ import pandas as pd
 import yaml
 from sklearn.base import clone
 
-from mlplatform import drift_watch, history, income, lineage, modeling, objectstore, registry, tracking
+from mlplatform import history, income, lineage, modeling, objectstore, registry, tracking
 from mlplatform.connection import hasten_feast
 from mlplatform.errors import DataError, PlatformError, RegistryError
 from mlplatform.feature_client import SERVICE
 from mlplatform.history import EVENT_TIMESTAMP, USER_ID
 from mlplatform.income import COLUMNS
+from mlplatform.monitoring import drift_watch
 from mlplatform.promotion import gate
 from mlplatform.settings import DATASETS_BUCKET, find_root, find_settings
 

@@ -12,8 +12,8 @@ import sys
 import tempfile
 
 from mlplatform.connection import hasten_feast
-from mlplatform.endpoint_log import FOLDER
 from mlplatform.registry import MODEL_NAME
+from mlplatform.serving.endpoint_log import FOLDER
 from mlplatform_serving.gate import TOKEN_VARIABLE, Gate
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from mlplatform.serving import Prediction, Predictor, ServedModel
+from mlplatform.serving.predictor import Prediction, Predictor
+from mlplatform.serving.served_model import ServedModel
 
 _DAY_S = 86_400.0
 

@@ -17,12 +17,15 @@ import bentoml
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.responses import JSONResponse, Response
 
-from mlplatform import endpoint_log, serving
-from mlplatform.endpoint_log import EndpointLog
 from mlplatform.errors import PlatformError
 from mlplatform.feature_client import SERVICE
 from mlplatform.income import COLUMNS
 from mlplatform.registry import MODEL_NAME
+from mlplatform.serving import endpoint_log
+from mlplatform.serving.endpoint_log import EndpointLog
+from mlplatform.serving.online_reader import OnlineReader
+from mlplatform.serving.predictor import Follower, Prediction, Predictor
+from mlplatform.serving.served_model import ServedModel
 from mlplatform_serving import metrics
 
 MODEL = MODEL_NAME  # the registered model that is served; set before the application is made
@@ -93,7 +96,7 @@ class IncomeEndpoint:
         return _encode(model, predictions)
 
 
-def _encode(model: serving.ServedModel, predictions: Sequence[serving.Prediction]) -> Response:
+def _encode(model: ServedModel, predictions: Sequence[Prediction]) -> Response:
     # A dictionary is written in a fifth of the time that a model of pydantic takes to be made, checked and written.
     return JSONResponse(
         {
@@ -108,26 +111,26 @@ def _encode(model: serving.ServedModel, predictions: Sequence[serving.Prediction
 
 
 @cache
-def predictor() -> serving.Predictor:
+def predictor() -> Predictor:
     """Give the one predictor of this process."""
 
     def say(line: str) -> None:
         print(line, flush=True)  # noqa: T201 - the server's log
 
-    return serving.Predictor(
-        serving.Follower(name=MODEL, notify=say),
+    return Predictor(
+        Follower(name=MODEL, notify=say),
         _open_reader,
         EndpointLog(LOG, notify=say) if LOG else None,
         EndpointLog(f"{LOG}-shadow", endpoint_log.SHADOWED, notify=say) if LOG else None,
     )
 
 
-def _open_reader() -> serving.OnlineReader:
+def _open_reader() -> OnlineReader:
     from mlplatform.features import open_store
     from mlplatform.settings import find_settings
 
     repo = os.environ.get("MLPLATFORM_FEATURE_REPO")
-    return serving.OnlineReader(open_store(Path(repo) if repo else None), SERVICE, find_settings().redis_url)
+    return OnlineReader(open_store(Path(repo) if repo else None), SERVICE, find_settings().redis_url)
 
 
 def application() -> Any:

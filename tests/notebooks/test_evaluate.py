@@ -7,8 +7,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from mlplatform import evaluation, results
-from mlplatform.promotion import gate
+from mlplatform import results
+from mlplatform.promotion import evaluation, gate
 
 
 @pytest.fixture(scope="module")

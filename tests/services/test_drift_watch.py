@@ -16,9 +16,10 @@ import yaml
 from evaluations import log_evaluation
 from sklearn.linear_model import LogisticRegression
 
-from mlplatform import drift_watch, income, modeling, objectstore, registry, tracking
+from mlplatform import income, modeling, objectstore, registry, tracking
 from mlplatform.connection import s3_client
 from mlplatform.errors import DataError, MissingObjectError, PlatformError, RegistryError
+from mlplatform.monitoring import drift_watch
 from mlplatform.settings import Settings
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ import pytest
 from evaluations import FOLDS, make_evaluation
 from sklearn.linear_model import LogisticRegression
 
-from mlplatform import evaluation, income
-from mlplatform.promotion import gate
+from mlplatform import income
+from mlplatform.promotion import evaluation, gate
 
 CHAMPION = make_evaluation(auc=0.880)
 

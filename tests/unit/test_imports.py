@@ -13,6 +13,11 @@ import pytest
 import mlplatform
 
 MODULES = sorted(path.stem for path in Path(mlplatform.__file__).parent.glob("[a-z]*.py"))
+# Rooms from which notebooks import.
+ROOMS = {
+    room: sorted(path.stem for path in (Path(mlplatform.__file__).parent / room).glob("[a-z]*.py"))
+    for room in ("monitoring", "promotion", "serving")
+}
 LIGHT = (
     "connection",
     "errors",
@@ -37,9 +42,10 @@ def loaded_after(*lines: str) -> dict[str, list[str]]:
 def test_neither_is_loaded_before_a_module_that_needs_it_is_used() -> None:
     light = [f"import mlplatform.{module}" for module in LIGHT]
     # A notebook's first line, so that connect() comes before both.
-    first = f"from mlplatform import connect, {', '.join(MODULES)}"
-    loaded = loaded_after(*light, first, "tracking.EXPERIMENT")
-    assert loaded == {line: [] for line in [*light, first]} | {"tracking.EXPERIMENT": ["mlflow"]}
+    first = [f"from mlplatform import connect, {', '.join(MODULES)}"]
+    first += [f"from mlplatform.{room} import {', '.join(modules)}" for room, modules in ROOMS.items()]
+    loaded = loaded_after(*light, *first, "tracking.EXPERIMENT")
+    assert loaded == {line: [] for line in [*light, *first]} | {"tracking.EXPERIMENT": ["mlflow"]}
 
 
 def test_a_misspelt_module_is_an_import_error() -> None:

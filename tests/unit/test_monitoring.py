@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlplatform import income, monitoring
+from mlplatform import income
 from mlplatform.errors import DataError
-from mlplatform.monitoring import Reference
+from mlplatform.monitoring import drift
+from mlplatform.monitoring.drift import Reference
 
 CSV = Path(__file__).parents[2] / "data" / "income_data.csv"
 COLUMNS = list(income.COLUMNS)
@@ -42,7 +43,7 @@ def reference(frame: pd.DataFrame) -> Reference:
 
 def resample(frame: pd.DataFrame, reference: Reference, rows: int, *, draws: int, seed: int) -> dict[str, np.ndarray]:
     """Count whole rows drawn with replacement, many times: shape (n_batches, n_categories) by column."""
-    codes = monitoring.encode(frame, reference.categories)
+    codes = drift.encode(frame, reference.categories)
     widths = [len(known) for known in reference.categories.values()]
     starts = np.cumsum([0, *widths[:-1]])
     shifted = np.column_stack([codes[column] + start for column, start in zip(codes, starts, strict=True)])
@@ -66,7 +67,7 @@ def test_at_most_1_equal_batch_in_100_raises_a_false_alarm(
     draws = EQUAL_BATCHES[rows]
     before = {column: counts[:draws] for column, counts in drawn_anew.items()} if twice else reference.counts
     batches = resample(frame, reference, rows, draws=draws, seed=2)
-    alarmed = np.array([monitoring.alarms(before[column], batches[column]) for column in COLUMNS]).any(axis=0)
+    alarmed = np.array([drift.alarms(before[column], batches[column]) for column in COLUMNS]).any(axis=0)
     assert alarmed.shape == (draws,)
     assert alarmed.mean() <= 0.01
 
@@ -76,16 +77,16 @@ def test_at_most_1_equal_batch_in_100_raises_a_false_alarm(
 def test_95_of_100_shifts_are_found_where_this_is_claimed_and_fewer_where_it_is_not(
     shift: str, share: float, rows: int, reference: Reference
 ) -> None:
-    found = monitoring.power(reference, "Occupation", shift, share, rows=rows, draws=RESAMPLINGS, seed=3)
+    found = drift.power(reference, "Occupation", shift, share, rows=rows, draws=RESAMPLINGS, seed=3)
     assert (found >= 0.95) == (rows >= STATED[shift, share]), f"{found:.1%} found"
 
 
 def test_what_is_detectable_shrinks_with_the_batch_and_is_what_the_power_says(reference: Reference) -> None:
-    table = monitoring.detectable(reference, "Occupation", SIZES, draws=RESAMPLINGS)
+    table = drift.detectable(reference, "Occupation", SIZES, draws=RESAMPLINGS)
     assert (table.loc["moved to the commonest category"].diff().dropna() < 0).all()
     smallest = table.loc["moved to the commonest category", 2_000]
     found = [
-        monitoring.power(reference, "Occupation", "moved to the commonest category", share, rows=2_000)
+        drift.power(reference, "Occupation", "moved to the commonest category", share, rows=2_000)
         for share in (smallest - 0.001, smallest)
     ]
     assert found[0] < 0.95 <= found[1]
@@ -94,9 +95,9 @@ def test_what_is_detectable_shrinks_with_the_batch_and_is_what_the_power_says(re
 
 def test_a_verdict_names_the_column_and_what_moved(frame: pd.DataFrame, reference: Reference) -> None:
     batch = frame.sample(5_000, random_state=1)
-    assert str(monitoring.compare(reference, batch)).startswith("no alarm, 5,000 rows against 30,162")
+    assert str(drift.compare(reference, batch)).startswith("no alarm, 5,000 rows against 30,162")
     moved = batch.assign(Occupation=batch["Occupation"].where(np.arange(5_000) >= 500, "Sales"))
-    verdict = monitoring.compare(reference, moved)
+    verdict = drift.compare(reference, moved)
     assert verdict.drifted == ["Occupation"]
     assert verdict.columns.index[0] == "Occupation"
     assert "Sales was 11.9% of the rows and is 2" in str(verdict)
@@ -105,7 +106,7 @@ def test_a_verdict_names_the_column_and_what_moved(frame: pd.DataFrame, referenc
 def test_rows_in_another_order_and_further_columns_change_nothing(frame: pd.DataFrame, reference: Reference) -> None:
     batch = frame.sample(2_000, random_state=1)
     other = batch.sample(frac=1, random_state=2)[COLUMNS[::-1]].assign(score=0.5)
-    left, right = (monitoring.compare(reference, rows).columns.sort_index() for rows in (batch, other))
+    left, right = (drift.compare(reference, rows).columns.sort_index() for rows in (batch, other))
     pd.testing.assert_frame_equal(left, right)
 
 
@@ -113,7 +114,7 @@ def test_rows_in_another_order_and_further_columns_change_nothing(frame: pd.Data
 def test_every_way_to_say_nothing_counts_as_missing(value: object, frame: pd.DataFrame, reference: Reference) -> None:
     batch = frame.sample(1_000, random_state=1).astype(object)
     batch.iloc[:100, COLUMNS.index("Race")] = value
-    verdict = monitoring.compare(reference, batch)
+    verdict = drift.compare(reference, batch)
     assert verdict.drifted == ["Race"]
     assert verdict.columns.loc["Race", "why"] == "10.0% missing, 0.0% in the reference"
 
@@ -122,7 +123,7 @@ def test_a_change_below_the_least_effect_is_no_alarm_however_certain(frame: pd.D
     twenty = pd.concat([frame] * 20, ignore_index=True)
     moved = twenty.assign(Sex=twenty["Sex"].where(twenty.index % 100 != 0, "Female"))
     reference = Reference.of(twenty)
-    verdict = monitoring.compare(reference, moved)
+    verdict = drift.compare(reference, moved)
     assert verdict.columns.loc["Sex", "p"] < 1e-6
     assert not verdict.alarm
 
@@ -131,16 +132,16 @@ def test_a_small_batch_is_not_tested_and_still_held_to_the_hard_rules(
     frame: pd.DataFrame, reference: Reference
 ) -> None:
     batch = frame.head(50)
-    verdict = monitoring.compare(reference, batch)
+    verdict = drift.compare(reference, batch)
     assert not verdict.alarm
     assert str(verdict).startswith("too few rows to test, 50 rows")
     strange = batch.assign(Workclass=["Gig"] * 3 + batch["Workclass"].tolist()[3:])
-    assert monitoring.compare(reference, strange).drifted == ["Workclass"]
+    assert drift.compare(reference, strange).drifted == ["Workclass"]
 
 
 def test_one_row_of_a_new_category_is_no_alarm(frame: pd.DataFrame, reference: Reference) -> None:
     batch = frame.head(50).assign(Workclass=["Gig", *frame["Workclass"].tolist()[1:50]])
-    assert not monitoring.compare(reference, batch).alarm
+    assert not drift.compare(reference, batch).alarm
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_a_batch_that_can_not_be_judged_is_refused_in_one_line(
     change: object, message: str, frame: pd.DataFrame, reference: Reference
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        monitoring.compare(reference, change(frame))
+        drift.compare(reference, change(frame))
     assert "\n" not in str(caught.value)
 
 
@@ -169,14 +170,14 @@ def test_a_reference_without_rows_is_refused(frame: pd.DataFrame) -> None:
 def test_moved_scores_are_noticed_and_equal_ones_are_not() -> None:
     rng = np.random.default_rng(1)
     reference, batch = rng.beta(1, 3, 30_000).round(3), rng.beta(1, 3, 5_000).round(3)
-    assert not monitoring.compare_scores(reference, batch).alarm
-    moved = monitoring.compare_scores(reference, np.minimum(batch * 1.3, 1))
+    assert not drift.compare_scores(reference, batch).alarm
+    moved = drift.compare_scores(reference, np.minimum(batch * 1.3, 1))
     assert moved.drifted == ["score"]
     assert moved.columns.loc["score", "why"].startswith("part ")
 
 
 def test_scores_that_are_all_alike_are_one_part() -> None:
-    assert not monitoring.compare_scores(np.full(1_000, 0.5), np.full(500, 0.5)).alarm
+    assert not drift.compare_scores(np.full(1_000, 0.5), np.full(500, 0.5)).alarm
 
 
 def labelled(rows: int, strength: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -188,8 +189,8 @@ def labelled(rows: int, strength: float, seed: int) -> tuple[np.ndarray, np.ndar
 
 def test_a_fall_of_the_area_under_the_curve_is_noticed_and_chance_is_not() -> None:
     before = labelled(6_000, 0.9, seed=1)
-    assert not monitoring.compare_performance(*before, *labelled(3_000, 0.9, seed=2)).alarm
-    fallen = monitoring.compare_performance(*before, *labelled(3_000, 0.6, seed=2))
+    assert not drift.compare_performance(*before, *labelled(3_000, 0.9, seed=2)).alarm
+    fallen = drift.compare_performance(*before, *labelled(3_000, 0.6, seed=2))
     assert fallen.alarm
     assert str(fallen).startswith("ALARM: AUC ")
 
@@ -199,7 +200,7 @@ def test_the_area_and_its_error_are_those_of_scikit_learn_and_of_resampling() ->
 
     truth, scores = labelled(800, 0.8, seed=3)
     scores = scores.round(1)
-    found = monitoring.compare_performance(truth, scores, truth, scores)
+    found = drift.compare_performance(truth, scores, truth, scores)
     assert found.auc == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
     rng = np.random.default_rng(4)
     draws = [rng.integers(0, 800, 800) for _ in range(400)]
@@ -210,23 +211,23 @@ def test_the_area_and_its_error_are_those_of_scikit_learn_and_of_resampling() ->
 def test_labels_of_one_kind_are_refused() -> None:
     truth, scores = labelled(100, 0.8, seed=3)
     with pytest.raises(DataError, match="the batch has 0 positive and 100 negative labels"):
-        monitoring.compare_performance(truth, scores, np.zeros(100, dtype=np.int64), scores)
+        drift.compare_performance(truth, scores, np.zeros(100, dtype=np.int64), scores)
 
 
 def test_freshness_counts_unknown_and_stale_users() -> None:
     moments = pd.Series(pd.to_datetime(["2023-01-01", "2023-09-01", None, "2021-01-01"], utc=True))
-    found = monitoring.freshness(moments, now=pd.Timestamp("2023-09-16", tz="UTC"), ttl=pd.Timedelta(days=365))
+    found = drift.freshness(moments, now=pd.Timestamp("2023-09-16", tz="UTC"), ttl=pd.Timedelta(days=365))
     assert found["users"] == 4
     assert found["unknown"] == 0.25
     assert found["stale"] == pytest.approx(1 / 3)
     assert found["median_age_days"] == 258
     with pytest.raises(DataError, match="no user was asked about"):
-        monitoring.freshness(moments.head(0), now=pd.Timestamp("2023-09-16", tz="UTC"), ttl=pd.Timedelta(days=365))
+        drift.freshness(moments.head(0), now=pd.Timestamp("2023-09-16", tz="UTC"), ttl=pd.Timedelta(days=365))
 
 
 def test_the_alarm_needs_neither_evidently_nor_a_server() -> None:
     code = (
-        "import sys, mlplatform.monitoring; "
+        "import sys, mlplatform.monitoring.drift; "
         "print(sorted({'evidently', 'mlflow', 'feast', 'sklearn', 'boto3'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,11 +11,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from xgboost import XGBClassifier
 
-import mlplatform.releases as releases  # the modules themselves, since names of them are replaced below
-import mlplatform.serving as serving
-from mlplatform import endpoint_log, income, modeling, objectstore
-from mlplatform.endpoint_log import EndpointLog
+# The modules themselves, since names of them are replaced below.
+import mlplatform.serving.predictor as predictor_module
+import mlplatform.serving.releases as releases
+import mlplatform.serving.served_model as served_model
+from mlplatform import income, modeling, objectstore
 from mlplatform.errors import ServiceDownError
+from mlplatform.serving import endpoint_log, online_reader
+from mlplatform.serving.endpoint_log import EndpointLog
 
 CSV = Path(__file__).parents[2] / "data" / "income_data.csv"
 
@@ -33,13 +36,13 @@ def boosted(frame: pd.DataFrame) -> Pipeline:
 
 
 def test_the_compiled_form_equals_the_pipeline_on_every_row_to_the_last_bit(boosted: Pipeline, frame: pd.DataFrame):
-    score, compiled, remark = serving.compile_model(boosted, frame)
+    score, compiled, remark = served_model.compile_model(boosted, frame)
     assert (compiled, remark) == (True, "the compiled form equals the pipeline on 30162 reference rows")
     assert score(modeling.inputs(frame).to_numpy().tolist()) == modeling.probabilities(boosted, frame).tolist()
 
 
 def test_one_row_is_answered_like_the_same_row_in_a_batch(boosted: Pipeline, frame: pd.DataFrame):
-    score = serving.CompiledModel(boosted)
+    score = served_model.CompiledModel(boosted)
     rows = modeling.inputs(frame.head(50)).to_numpy().tolist()
     assert [score([row])[0] for row in rows] == score(rows)
 
@@ -47,14 +50,14 @@ def test_one_row_is_answered_like_the_same_row_in_a_batch(boosted: Pipeline, fra
 def test_a_compiled_form_that_differs_in_one_row_is_not_used(
     boosted: Pipeline, frame: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ):
-    true = serving.CompiledModel.__call__
+    true = served_model.CompiledModel.__call__
 
-    def wrong(self: serving.CompiledModel, rows: list[list[str]]) -> list[float]:
+    def wrong(self: served_model.CompiledModel, rows: list[list[str]]) -> list[float]:
         answers = true(self, rows)
         return [0.5, *answers[1:]]
 
-    monkeypatch.setattr(serving.CompiledModel, "__call__", wrong)
-    score, compiled, remark = serving.compile_model(boosted, frame)
+    monkeypatch.setattr(served_model.CompiledModel, "__call__", wrong)
+    score, compiled, remark = served_model.compile_model(boosted, frame)
     assert (compiled, remark[:36]) == (False, "the compiled form differs in 1 of 77")
     assert (
         score(modeling.inputs(frame.head(3)).to_numpy().tolist())
@@ -63,15 +66,15 @@ def test_a_compiled_form_that_differs_in_one_row_is_not_used(
 
 
 def test_a_category_that_only_unseen_rows_have_is_compared_too(boosted: Pipeline, frame: pd.DataFrame):
-    rows = serving._probe_rows(frame)
-    strange = [row for row in rows if serving._NEVER_SEEN in row]
-    assert [row.index(serving._NEVER_SEEN) for row in strange] == list(range(8))
+    rows = served_model._probe_rows(frame)
+    strange = [row for row in rows if served_model._NEVER_SEEN in row]
+    assert [row.index(served_model._NEVER_SEEN) for row in strange] == list(range(8))
 
 
 def test_an_estimator_of_scikit_learn_answers_by_its_pipeline(frame: pd.DataFrame):
     model = modeling.make_pipeline(LogisticRegression(max_iter=50, tol=0.1))
     model.fit(modeling.inputs(frame.head(2_000)), modeling.labels(frame.head(2_000)))
-    score, compiled, remark = serving.compile_model(model, frame)
+    score, compiled, remark = served_model.compile_model(model, frame)
     assert (compiled, remark) == (False, "LogisticRegression is not compiled: the pipeline answers")
     assert (
         score(modeling.inputs(frame.head(3)).to_numpy().tolist())
@@ -85,8 +88,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def hold(version: int) -> None:
         monkeypatch.setattr(releases, "read", lambda **_: releases.Release(version))
-        model = serving.ServedModel("m", version, "s", lambda rows: [version / 10] * len(rows), True, "made up")
-        monkeypatch.setattr(serving, "load", lambda *_, **__: model)
+        model = served_model.ServedModel("m", version, "s", lambda rows: [version / 10] * len(rows), True, "made up")
+        monkeypatch.setattr(predictor_module, "load", lambda *_, **__: model)
 
     return hold
 
@@ -94,14 +97,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_a_moved_alias_is_followed_and_a_known_version_is_not_loaded_again(
     served: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ):
-    follower = serving.Follower()
+    follower = predictor_module.Follower()
     for version in (1, 2):
         served(version)
         follower.look()
         assert follower.current is not None
         assert follower.current.version == version
     served(1)
-    monkeypatch.delattr(serving, "load")
+    monkeypatch.delattr(predictor_module, "load")
     follower.look()
     assert follower.current.version == 1
 
@@ -110,7 +113,7 @@ def test_while_the_registry_is_away_or_a_version_is_broken_the_old_one_answers(
     served: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ):
     said: list[str] = []
-    follower = serving.Follower(notify=said.append)
+    follower = predictor_module.Follower(notify=said.append)
     served(1)
     follower.look()
 
@@ -118,7 +121,7 @@ def test_while_the_registry_is_away_or_a_version_is_broken_the_old_one_answers(
         raise ServiceDownError("the MLflow server does not answer")
 
     served(2)
-    for broken in ((serving, "load"), (releases, "read")):
+    for broken in ((predictor_module, "load"), (releases, "read")):
         monkeypatch.setattr(*broken, away)
         follower.look()
         assert follower.current is not None
@@ -128,8 +131,8 @@ def test_while_the_registry_is_away_or_a_version_is_broken_the_old_one_answers(
 
 def test_before_there_is_a_champion_the_answer_says_what_to_run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(releases, "read", lambda **_: releases.Release(None))
-    follower = serving.Follower()
-    predictor = serving.Predictor(follower, lambda: pytest.fail("nothing is read without a model"))
+    follower = predictor_module.Follower()
+    predictor = predictor_module.Predictor(follower, lambda: pytest.fail("nothing is read without a model"))
     follower.look()
     with pytest.raises(ServiceDownError, match=r"no model answers yet: no alias 'champion' .*; run 'make run'"):
         predictor.users(["x"])
@@ -142,7 +145,7 @@ def test_the_key_of_a_user_is_the_one_that_feast_makes():
 
     for user in ("a-user", "Übergröße", "x" * 300):
         key = EntityKey(join_keys=["user_id"], entity_values=[Value(string_val=user)])
-        assert serving._key(user, "income") == serialize_entity_key(key, 3) + b"income"
+        assert online_reader._key(user, "income") == serialize_entity_key(key, 3) + b"income"
 
 
 def test_a_share_of_users_is_the_canarys_and_a_larger_share_keeps_them():
@@ -157,23 +160,23 @@ def test_a_share_of_users_is_the_canarys_and_a_larger_share_keeps_them():
 class Reader:
     """Everybody's features, without a store."""
 
-    def read(self, users: list[str]) -> list[serving.OnlineRow]:
-        return [serving.OnlineRow(["x"] * 8 if user != "stranger" else None, 1.0) for user in users]
+    def read(self, users: list[str]) -> list[online_reader.OnlineRow]:
+        return [online_reader.OnlineRow(["x"] * 8 if user != "stranger" else None, 1.0) for user in users]
 
 
-def constant(version: int) -> serving.ServedModel:
-    return serving.ServedModel("m", version, "s", lambda rows: [version / 10] * len(rows), True, "made up")
+def constant(version: int) -> served_model.ServedModel:
+    return served_model.ServedModel("m", version, "s", lambda rows: [version / 10] * len(rows), True, "made up")
 
 
-def released(mode: str, share: float = 0.0) -> serving.Follower:
-    follower = serving.Follower(current=constant(1), challenger=constant(2))
+def released(mode: str, share: float = 0.0) -> predictor_module.Follower:
+    follower = predictor_module.Follower(current=constant(1), challenger=constant(2))
     follower.release = releases.Release(1, 2, mode, share)
     return follower
 
 
 def test_in_the_shadow_no_answer_changes_and_both_are_logged():
     shadow_log = EndpointLog(columns=endpoint_log.SHADOWED)
-    predictor = serving.Predictor(released("shadow"), Reader, EndpointLog(), shadow_log)  # type: ignore[arg-type]
+    predictor = predictor_module.Predictor(released("shadow"), Reader, EndpointLog(), shadow_log)  # type: ignore[arg-type]
     _, answers = predictor.users(["a", "stranger", "b"])
     assert [(entry.score, entry.version) for entry in answers] == [(0.1, 1), (None, 1), (0.1, 1)]
     predictor._compare(*predictor._shadows.get_nowait())
@@ -182,7 +185,7 @@ def test_in_the_shadow_no_answer_changes_and_both_are_logged():
 
 
 def test_a_shadow_that_is_slow_holds_no_request_up():
-    predictor = serving.Predictor(released("shadow"), Reader)  # type: ignore[arg-type]
+    predictor = predictor_module.Predictor(released("shadow"), Reader)  # type: ignore[arg-type]
     for _ in range(1_003):
         predictor.people([["x"] * 8])
     assert predictor.not_mirrored == 3
@@ -190,7 +193,7 @@ def test_a_shadow_that_is_slow_holds_no_request_up():
 
 def test_a_canary_answers_its_share_and_nobody_flips():
     users = [f"user-{number}" for number in range(500)]
-    predictor = serving.Predictor(released("canary", 0.2), Reader)  # type: ignore[arg-type]
+    predictor = predictor_module.Predictor(released("canary", 0.2), Reader)  # type: ignore[arg-type]
     first = [entry.version for entry in predictor.users(users)[1]]
     assert first == [2 if releases.in_canary(user, 0.2) else 1 for user in users]
     assert [entry.version for user in users for entry in predictor.users([user])[1]] == first
@@ -200,7 +203,7 @@ def test_a_canary_answers_its_share_and_nobody_flips():
 
 def test_the_log_keeps_no_user_and_drops_what_has_no_room(monkeypatch: pytest.MonkeyPatch):
     log = EndpointLog(most=2)
-    predictor = serving.Predictor(released(""), Reader, log)  # type: ignore[arg-type]
+    predictor = predictor_module.Predictor(released(""), Reader, log)  # type: ignore[arg-type]
     predictor.users(["a", "b", "c"])
     written: list[pd.DataFrame] = []
     monkeypatch.setattr(objectstore, "write_frame", lambda frame, uri: written.append(frame) or uri)

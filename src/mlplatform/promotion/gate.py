@@ -16,8 +16,8 @@ from mlflow.exceptions import MlflowException
 from sklearn.pipeline import Pipeline
 
 from mlplatform.errors import RegistryError
-from mlplatform.evaluation import calibration_error, fold_scores, group_rates, paired_interval
 from mlplatform.modeling import labels, probabilities
+from mlplatform.promotion.evaluation import calibration_error, fold_scores, group_rates, paired_interval
 
 FILE = "evaluation.json"
 RULES: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("gate.toml").read_text())

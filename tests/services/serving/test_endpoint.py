@@ -23,20 +23,11 @@ import pytest
 import requests
 from xgboost import XGBClassifier
 
-from mlplatform import (
-    drift_watch,
-    endpoint_log,
-    features,
-    history,
-    income,
-    model_client,
-    modeling,
-    registry,
-    releases,
-    serving,
-    tracking,
-)
+from mlplatform import features, history, income, modeling, registry, tracking
 from mlplatform.errors import CredentialsError, DataError, ServiceDownError
+from mlplatform.monitoring import drift_watch
+from mlplatform.serving import endpoint_log, model_client, predictor, releases
+from mlplatform.serving.online_reader import OnlineReader
 from mlplatform.settings import Settings
 
 ROOT = Path(__file__).parents[3]
@@ -138,12 +129,12 @@ def test_users_are_answered_from_online_features_and_a_stranger_is_null_with_a_r
     expected = modeling.probabilities(registry.load_model(name=name), known).tolist()
     assert [answer["score"][0], answer["score"][2]] == expected
     assert answer["score"].isna().tolist() == [False, True, False]
-    assert answer["reason"].tolist() == [None, serving.UNKNOWN_USER, None]
+    assert answer["reason"].tolist() == [None, predictor.UNKNOWN_USER, None]
     assert answer["model_version"].tolist() == [1, 1, 1]
 
 
 def test_the_fast_read_equals_feasts_own_answer_for_every_user(store: Any, platform: Settings):
-    reader = serving.OnlineReader(store, "income_v1", platform.redis_url)
+    reader = OnlineReader(store, "income_v1", platform.redis_url)
     versions = history.build_history(income.read_income(ROOT / "data" / "income_data.csv"))
     users = [*versions["user_id"].drop_duplicates(), "a-stranger"]
     assert len(users) == 28_067

@@ -21,10 +21,11 @@ import pandas as pd
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities.model_registry import ModelVersion
 
-from mlplatform import history, modeling, monitoring, objectstore, registry
+from mlplatform import history, modeling, objectstore, registry
 from mlplatform.errors import DataError, MissingObjectError, PlatformError, RegistryError
 from mlplatform.income import COLUMNS
-from mlplatform.monitoring import Performance, Reference, Verdict
+from mlplatform.monitoring import drift
+from mlplatform.monitoring.drift import Performance, Reference, Verdict
 from mlplatform.settings import DATASETS_BUCKET
 from mlplatform.tracking import data_sets
 
@@ -205,19 +206,19 @@ def watch(
         PlatformError: A report was asked for and Evidently is not installed.
     """
     version = champion(alias, name=name)
-    checked = monitoring.check_columns(batch)
+    checked = drift.check_columns(batch)
     if report:
         _evidently()
     uri, reference = read_context(version, "reference")
-    columns = monitoring.compare(Reference.of(reference), checked)
+    columns = drift.compare(Reference.of(reference), checked)
     model = registry.load_model(alias, name=name)
     scores = _score(model, checked)
-    verdict = monitoring.compare_scores(_score(model, reference), scores)
+    verdict = drift.compare_scores(_score(model, reference), scores)
     performance = None
     if truth is not None:
         _, tested = read_context(version, "testing")
         labels = np.asarray(truth, dtype=np.int64)
-        performance = monitoring.compare_performance(modeling.labels(tested), _score(model, tested), labels, scores)
+        performance = drift.compare_performance(modeling.labels(tested), _score(model, tested), labels, scores)
     mlflow.set_experiment(EXPERIMENT)
     with mlflow.start_run(run_name=f"drift-{Path(source).stem}") as run:
         mlflow.log_params({"source": source, "reference": uri, "model_version": version.version, **_settings()})
@@ -232,13 +233,13 @@ def watch(
     return watched
 
 
-def _score(model: Pipeline, frame: pd.DataFrame) -> monitoring.Numbers:
+def _score(model: Pipeline, frame: pd.DataFrame) -> drift.Numbers:
     # A missing value stands there as a category that the encoder does not know, and sets none of its columns.
     return modeling.probabilities(model, frame[list(COLUMNS)])
 
 
 def _settings() -> dict[str, float]:
-    return {"alpha": monitoring.ALPHA, "least_effect": monitoring.LEAST_EFFECT}
+    return {"alpha": drift.ALPHA, "least_effect": drift.LEAST_EFFECT}
 
 
 def _described(frame: pd.DataFrame, source: str) -> Any:
@@ -288,7 +289,7 @@ def log_report(reference: pd.DataFrame, batch: pd.DataFrame) -> dict[str, float]
     Raises:
         PlatformError: Evidently is not installed.
     """
-    snapshot = evidently_snapshot(monitoring.check_columns(reference), batch)
+    snapshot = evidently_snapshot(drift.check_columns(reference), batch)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / Path(REPORT).name
         snapshot.save_html(str(page))

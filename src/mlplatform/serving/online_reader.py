@@ -1,0 +1,110 @@
+"""One fast read of online features for several users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError
+from mlplatform.feature_client import checked_users
+from mlplatform.history import RENAMED, USER_ID
+from mlplatform.income import COLUMNS
+
+
+@dataclass(frozen=True)
+class OnlineRow:
+    """What the online store holds of one user.
+
+    Attributes:
+        row: The eight raw categories in the order of `COLUMNS`; none when the store does not hold all of them.
+        oldest: The event time of the oldest of its features, in seconds since 1970; 0 when there is none.
+    """
+
+    row: Sequence[str] | None
+    oldest: float
+
+
+class OnlineReader:
+    """Reads the features of a service for several users in one round trip.
+
+    Feast's `get_online_features` takes 20 ms of CPU. This sends the same `HMGET`s in one pipeline, without Feast's
+    registry, frames and protobuf answers in between; a test holds it equal to Feast's own answer for every user.
+
+    Args:
+        store: Feast's store, which says where the values lie.
+        service: The name of the feature service.
+        url: The online store as a URL.
+        timeout_s: How long the store may take, in seconds.
+
+    Raises:
+        RegistryError: There is no such service, or it lacks one of the columns.
+    """
+
+    def __init__(self, store: Any, service: str, url: str, *, timeout_s: float = 2.0) -> None:
+        from feast.errors import FeastObjectNotFoundException
+        from feast.infra.online_stores.helpers import _mmh3
+        from feast.protos.feast.types.Value_pb2 import Value
+
+        self._value: Any = Value
+        self._project = store.project
+        try:
+            projections = store.get_feature_service(service).feature_view_projections
+        except FeastObjectNotFoundException as error:
+            raise RegistryError(f"{error}; run 'make features'") from error
+        where = {entry.name: view.name_to_use() for view in projections for entry in view.features}
+        missing = [column for column in COLUMNS if RENAMED.get(column, column) not in where]
+        if missing:
+            raise RegistryError(f"the feature service {service!r} lacks {', '.join(missing)}; run 'make features'")
+        names = [RENAMED.get(column, column) for column in COLUMNS]
+        views = sorted({where[name] for name in names})
+        self._fields: list[Any] = [_mmh3(f"{where[name]}:{name}") for name in names]
+        self._fields += [f"_ts:{view}" for view in views]
+        self._client = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
+        self._address = url.rpartition("@")[2]
+
+    def read(self, users: Sequence[str]) -> list[OnlineRow]:
+        """Read what the store holds of some users, in the order asked.
+
+        Raises:
+            DataError: No user was asked about, or an id is no text.
+            ServiceDownError: The online store does not answer.
+            CredentialsError: It refuses the password.
+        """
+        pipe = self._client.pipeline(transaction=False)
+        for user in checked_users(users):
+            pipe.execute_command("HMGET", _key(user, self._project), *self._fields)  # type: ignore[no-untyped-call]
+        try:
+            return [self._decode(values) for values in pipe.execute()]
+        except redis.AuthenticationError as error:
+            raise CredentialsError(
+                f"the online store at {self._address} refuses the credentials; check REDIS_CONNECTION_STRING"
+            ) from error
+        except redis.RedisError as error:
+            raise ServiceDownError(
+                f"the online store at {self._address} does not answer; run 'make up', then 'make status'"
+            ) from error
+
+    def _decode(self, values: Sequence[bytes | None]) -> OnlineRow:
+        from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]
+
+        stored, moments = values[: len(COLUMNS)], values[len(COLUMNS) :]
+        if any(moment is None for moment in moments) or any(value is None for value in stored):
+            return OnlineRow(None, 0.0)
+        row = [self._value.FromString(value).string_val for value in stored]
+        seconds = [Timestamp.FromString(moment) for moment in moments if moment is not None]
+        return OnlineRow(row, min(moment.seconds + moment.nanos / 1e9 for moment in seconds))
+
+
+def _key(user: str, project: str) -> bytes:
+    """Give the key of a user's hash, as Feast's `serialize_entity_key` of version 3 makes it for one text key."""
+    name, value = USER_ID.encode(), user.encode()
+    head = b"".join(number.to_bytes(4, "little") for number in (1, _STRING, len(name)))
+    return b"".join(
+        (head, name, _STRING.to_bytes(4, "little"), len(value).to_bytes(4, "little"), value, project.encode())
+    )
+
+
+_STRING = 2  # feast.protos.feast.types.Value_pb2.ValueType.STRING
