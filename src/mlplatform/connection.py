@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlplatform.errors import CredentialsError, ServiceDownError
+from mlplatform.errors import ServiceDownError, credentials_refused, service_down
 from mlplatform.settings import (
     CONNECT_TIMEOUT_S,
     S3_ANSWER_TIMEOUT_S,
@@ -154,10 +154,10 @@ def probe_object_store(settings: Settings, timeout_s: float) -> None:
     except botocore.exceptions.ClientError as error:
         code = error.response["Error"]["Code"]
         if code in {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
-            raise CredentialsError(_refused("object store", settings.s3_endpoint, "AWS_ACCESS_KEY_ID")) from error
-        raise ServiceDownError(_down("object store", settings.s3_endpoint)) from error
+            raise credentials_refused("object store", settings.s3_endpoint, "AWS_ACCESS_KEY_ID") from error
+        raise service_down("object store", settings.s3_endpoint) from error
     except botocore.exceptions.BotoCoreError as error:
-        raise ServiceDownError(_down("object store", settings.s3_endpoint)) from error
+        raise service_down("object store", settings.s3_endpoint) from error
 
 
 def probe_online_store(settings: Settings, timeout_s: float) -> None:
@@ -181,9 +181,9 @@ def probe_online_store(settings: Settings, timeout_s: float) -> None:
         ) as client:
             client.ping()
     except redis.AuthenticationError as error:
-        raise CredentialsError(_refused("online store", address, "REDIS_CONNECTION_STRING")) from error
+        raise credentials_refused("online store", address, "REDIS_CONNECTION_STRING") from error
     except (redis.RedisError, OSError) as error:
-        raise ServiceDownError(_down("online store", address)) from error
+        raise service_down("online store", address) from error
 
 
 def probe_mlflow(settings: Settings, timeout_s: float) -> None:
@@ -203,18 +203,10 @@ def probe_mlflow(settings: Settings, timeout_s: float) -> None:
             timeout=timeout_s,
         )
     except requests.RequestException as error:
-        raise ServiceDownError(_down("MLflow server", settings.tracking_uri)) from error
+        raise service_down("MLflow server", settings.tracking_uri) from error
     if answer.status_code in {401, 403}:
-        raise CredentialsError(_refused("MLflow server", settings.tracking_uri, "MLFLOW_TRACKING_USERNAME"))
+        raise credentials_refused("MLflow server", settings.tracking_uri, "MLFLOW_TRACKING_USERNAME")
     if not answer.ok:
         raise ServiceDownError(
             f"the MLflow server at {settings.tracking_uri} answers {answer.status_code}; see its log"
         )
-
-
-def _down(service: str, address: str) -> str:
-    return f"the {service} at {address} does not answer; run 'make up', then 'make status'"
-
-
-def _refused(service: str, address: str, variable: str) -> str:
-    return f"the {service} at {address} refuses the credentials; check {variable}, or run 'make env' again"

@@ -23,6 +23,18 @@ class CredentialsError(PlatformError, PermissionError):
     """A service answers, and refuses the credentials."""
 
 
+def service_down(service: str, address: str) -> ServiceDownError:
+    """Make the error for a service of the platform that does not answer."""
+    return ServiceDownError(f"the {service} at {address} does not answer; run 'make up', then 'make status'")
+
+
+def credentials_refused(service: str, address: str, variable: str) -> CredentialsError:
+    """Make the error for a service of the platform that refuses what `variable` holds."""
+    return CredentialsError(
+        f"the {service} at {address} refuses the credentials; check {variable}, or run 'make env' again"
+    )
+
+
 class PortTakenError(PlatformError, OSError):
     """A port that was asked for is in use by another program."""
 

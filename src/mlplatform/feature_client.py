@@ -17,7 +17,7 @@ from mlplatform.history import USER_ID
 
 SERVICE = "income_v1"
 FOUND = "found"
-_NEXT = "run 'make features'"
+NEXT_STEP = "run 'make features'"
 
 # A dropped forward to a cluster is back within three seconds. MLflow's, boto3's and Redis's clients wait as long.
 _RETRIES = Retry(3, read=1, backoff_factor=0.5, allowed_methods=None)
@@ -66,7 +66,9 @@ def read_server(
     if not reply.ok:
         reason = " ".join(reply.text.split())[:200]
         kind = RegistryError if reply.status_code in {404, 422} or "not found" in reason else ServiceDownError
-        raise kind(f"the feature server at {url} answers {reply.status_code} ({reason}); check the names, or {_NEXT}")
+        raise kind(
+            f"the feature server at {url} answers {reply.status_code} ({reason}); check the names, or {NEXT_STEP}"
+        )
     answer = reply.json()
     named = dict(zip(answer["metadata"]["feature_names"], answer["results"], strict=True))
     named.pop(USER_ID, None)
@@ -89,7 +91,7 @@ def require_found(online: pd.DataFrame) -> pd.DataFrame:
     unknown = online.loc[~online[FOUND], USER_ID].tolist()
     if unknown:
         names = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        raise RegistryError(f"the online store knows nothing of user {names}; check the id, or {_NEXT}")
+        raise RegistryError(f"the online store knows nothing of user {names}; check the id, or {NEXT_STEP}")
     return online.drop(columns=FOUND)
 
 

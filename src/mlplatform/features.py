@@ -21,10 +21,10 @@ from feast.repo_config import load_repo_config
 from feast.repo_operations import apply_total
 
 from mlplatform import history, objectstore
-from mlplatform.errors import CredentialsError, DataError, MissingObjectError, RegistryError, ServiceDownError
+from mlplatform.errors import DataError, MissingObjectError, RegistryError, credentials_refused, service_down
 from mlplatform.feast_plugins.compute_engine import MaterialisedView, PipelinedComputeEngine
 from mlplatform.feast_plugins.registry_store import LostRaceError, applying, importing_from
-from mlplatform.feature_client import _NEXT, SERVICE, checked_users, online_frame
+from mlplatform.feature_client import NEXT_STEP, SERVICE, checked_users, online_frame
 from mlplatform.history import USER_ID, WINDOW_END, WINDOW_START
 from mlplatform.income import read_income
 from mlplatform.settings import FEATURES_BUCKET, find_root
@@ -77,7 +77,7 @@ def open_store(repo: Path | None = None) -> FeatureStore:
         objectstore.read_bytes(uri)
     except MissingObjectError as error:
         # Feast would write an empty registry now, and say later that nothing is registered.
-        raise RegistryError(f"there is no feature registry at {uri}; {_NEXT}") from error
+        raise RegistryError(f"there is no feature registry at {uri}; {NEXT_STEP}") from error
     store = FeatureStore(repo_path=str(folder))
     # Feast reads the registry when it is first needed; what is refused shall be refused here.
     store.refresh_registry()  # type: ignore[no-untyped-call]
@@ -132,7 +132,7 @@ def materialise(
         raise DataError(f"no time lies between {start} and {end}; give a start before the end")
     views = [view.name for view in store.list_feature_views()]
     if not views:
-        raise RegistryError(f"no feature view is registered; {_NEXT}")
+        raise RegistryError(f"no feature view is registered; {NEXT_STEP}")
     engine: PipelinedComputeEngine = store._get_provider().batch_engine  # type: ignore[attr-defined]
     done: list[MaterialisedView] = []
     engine.listener = done.append
@@ -255,15 +255,11 @@ def _store_errors(online_store: str, store: FeatureStore | None = None) -> Itera
         yield
     except FeastObjectNotFoundException as error:
         known = _registered(store) if store else ""
-        raise RegistryError(f"{error}; {known}check the name, or {_NEXT}") from error
+        raise RegistryError(f"{error}; {known}check the name, or {NEXT_STEP}") from error
     except redis.AuthenticationError as error:
-        raise CredentialsError(
-            f"the online store at {address} refuses the credentials; check REDIS_CONNECTION_STRING"
-        ) from error
+        raise credentials_refused("online store", address, "REDIS_CONNECTION_STRING") from error
     except redis.RedisError as error:
-        raise ServiceDownError(
-            f"the online store at {address} does not answer; run 'make up', then 'make status'"
-        ) from error
+        raise service_down("online store", address) from error
 
 
 def _registered(store: FeatureStore) -> str:

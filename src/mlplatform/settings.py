@@ -29,10 +29,6 @@ STATE_FOLDER = ".platform"
 SETTINGS_FILE = "settings.json"
 SETTINGS_COPY = "settings.json.copy"
 
-# `make run` names itself in this variable, and MLflow's runs carry the name as this tag.
-RUN_VARIABLE = "MLPLATFORM_RUN"
-RUN_TAG = "mlplatform.make_run"
-
 # How long a client waits for a service, in seconds. A service that hangs is named within 10 s.
 CONNECT_TIMEOUT_S = 3
 ANSWER_TIMEOUT_S = 8

@@ -19,7 +19,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from mlplatform.connection import check_services, connect, hasten_feast, limit_waiting
 from mlplatform.errors import NotebookError, PlatformError
-from mlplatform.settings import RUN_VARIABLE, Settings, find_root, find_settings, state_folder
+from mlplatform.settings import Settings, find_root, find_settings, state_folder
 from mlplatform_ops.cluster import commands as on_cluster
 from mlplatform_ops.cluster.commands import CURRENT, Target
 from mlplatform_ops.console import say, wide_console
@@ -294,14 +294,14 @@ def run(
         runner.claim_folder((output or root / "build" / "notebooks").resolve()) as folder,
         _platform(platform, target, services) as settings,
     ):
-        name = os.environ[RUN_VARIABLE] = unfinished.new_run()
+        name = os.environ[unfinished.RUN_VARIABLE] = unfinished.new_run()
         unfinished.close_runs(settings, unfinished.is_dead)
         try:
             executions = runner.run_all(
                 chosen, folder, parameters=given, notify=say, diagnose=lambda: check_services(settings)
             )
         finally:
-            del os.environ[RUN_VARIABLE]
+            del os.environ[unfinished.RUN_VARIABLE]
             killed = unfinished.close_runs(settings, lambda made: made == name)
         if killed:
             say(f"{killed} MLflow runs did not end and are marked KILLED")

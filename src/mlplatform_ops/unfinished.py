@@ -16,7 +16,11 @@ from typing import Any
 import psutil
 import requests
 
-from mlplatform.settings import RUN_TAG, Settings
+from mlplatform.settings import Settings
+
+# `make run` names itself in this variable, and MLflow runs carry the name as this tag.
+RUN_VARIABLE = "MLPLATFORM_RUN"
+RUN_TAG = "mlplatform.make_run"
 
 TIMEOUT_S = 4.0
 

@@ -21,6 +21,7 @@ from mlplatform import income, modeling, objectstore, registry, tracking
 from mlplatform.connection import s3_client
 from mlplatform.errors import RegistryError, UntrustedModelError
 from mlplatform.promotion import lock, signing
+from mlplatform.promotion.alias import PENDING, PREVIOUS
 from mlplatform.settings import ARTIFACTS_BUCKET, Settings
 
 CSV = Path(__file__).parents[2] / "data" / "income_data.csv"
@@ -93,8 +94,8 @@ def test_eight_processes_promote_at_once_and_the_best_becomes_champion(
     assert last == int(champion.version)
     events = registry.decisions(name=name)
     assert events[events["event"].str.startswith("promoted")]["version"].tolist() == chain
-    assert holder(registry.PREVIOUS, name) == (chain[-2] if len(chain) > 1 else None)
-    assert not [entry for entry in versions if registry.PENDING in entry.tags]
+    assert holder(PREVIOUS, name) == (chain[-2] if len(chain) > 1 else None)
+    assert not [entry for entry in versions if PENDING in entry.tags]
 
 
 @pytest.mark.parametrize("dies_before", ["set_registered_model_alias", "delete_model_version_tag"])
@@ -118,14 +119,12 @@ def test_a_promotion_that_dies_halfway_is_mended_by_the_next(
     assert holder(registry.CHAMPION, name) == (second if moved else first)
     assert registry.promote(third, name=name).over == (second if moved else first)
     assert holder(registry.CHAMPION, name) == third
-    assert holder(registry.PREVIOUS, name) == (second if moved else first)
+    assert holder(PREVIOUS, name) == (second if moved else first)
     events = registry.decisions(name=name).groupby("version")["event"].agg(list)
     begun = events[second][0]
     assert begun.startswith("promoted" if moved else "interrupted before the alias moved: promoted")
     assert events[first].count(f"replaced by version {second}") == int(moved)
-    assert not [
-        v for v in mlflow.MlflowClient().search_model_versions(f"name = '{name}'") if registry.PENDING in v.tags
-    ]
+    assert not [v for v in mlflow.MlflowClient().search_model_versions(f"name = '{name}'") if PENDING in v.tags]
 
 
 def test_rolling_back_is_a_recorded_decision_and_can_be_undone(trained: list[str], name: str) -> None:
@@ -137,7 +136,7 @@ def test_rolling_back_is_a_recorded_decision_and_can_be_undone(trained: list[str
     outcome = registry.rollback("it overlooks people", name=name)
     assert (outcome.promoted, outcome.version, outcome.over) == (True, first, second)
     assert holder(registry.CHAMPION, name) == first
-    assert holder(registry.PREVIOUS, name) == second
+    assert holder(PREVIOUS, name) == second
     assert f"rolled back from version {second}: it overlooks people" in set(registry.decisions(name=name)["event"])
     registry.load_model(name=name)
     registry.rollback("it was right", name=name)
@@ -286,7 +285,7 @@ def test_a_model_that_its_run_did_not_sign_is_not_promoted(trained: list[str], n
 
 def test_files_are_fetched_for_others_to_load(champion: tuple[str, str], tmp_path: Path) -> None:
     name, _ = champion
-    files = registry.fetch_verified(registry.find(registry.CHAMPION, name=name), tmp_path)
+    files = signing.fetch_verified(registry.find(registry.CHAMPION, name=name), tmp_path)
     rows = income.read_income(CSV).head(50)
     expected = modeling.probabilities(registry.load_model(name=name), rows)
     assert modeling.probabilities(signing.load(files), rows).tolist() == expected.tolist()

@@ -16,8 +16,9 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from mlplatform.settings import RUN_TAG, Settings
+from mlplatform.settings import Settings
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
+from mlplatform_ops.unfinished import RUN_TAG
 
 ROOT = Path(__file__).parents[2]
 BOUND_S = 120

@@ -61,3 +61,10 @@ def test_the_contracts_and_the_wheel_name_every_package() -> None:
     assert {Path(path).name for path in project["hatch"]["build"]["targets"]["wheel"]["packages"]} == packages
     layers = next(contract for contract in project["importlinter"]["contracts"] if contract["type"] == "layers")
     assert packages <= set(re.findall(r"\w+", " ".join(layers["layers"])))
+
+
+def test_what_carries_the_notebooks_stays_small_enough_to_read_in_an_afternoon() -> None:
+    lines = {
+        module: len((Path(mlplatform.__file__).parent / f"{module}.py").read_text().splitlines()) for module in MODULES
+    }
+    assert sum(lines.values()) <= 2_200, f"{lines}; a room of its own, or less of it"

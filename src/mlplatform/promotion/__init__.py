@@ -2,4 +2,4 @@
 
 from mlplatform import later
 
-__getattr__ = later.stand_ins(__name__, "evaluation", "gate", "signing")
+__getattr__ = later.stand_ins(__name__, "alias", "evaluation", "gate", "signing")

@@ -8,7 +8,7 @@ from typing import Any
 
 import redis
 
-from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError
+from mlplatform.errors import RegistryError, credentials_refused, service_down
 from mlplatform.feature_client import checked_users
 from mlplatform.history import RENAMED, USER_ID
 from mlplatform.income import COLUMNS
@@ -79,13 +79,9 @@ class OnlineReader:
         try:
             return [self._decode(values) for values in pipe.execute()]
         except redis.AuthenticationError as error:
-            raise CredentialsError(
-                f"the online store at {self._address} refuses the credentials; check REDIS_CONNECTION_STRING"
-            ) from error
+            raise credentials_refused("online store", self._address, "REDIS_CONNECTION_STRING") from error
         except redis.RedisError as error:
-            raise ServiceDownError(
-                f"the online store at {self._address} does not answer; run 'make up', then 'make status'"
-            ) from error
+            raise service_down("online store", self._address) from error
 
     def _decode(self, values: Sequence[bytes | None]) -> OnlineRow:
         from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]

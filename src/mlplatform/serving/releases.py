@@ -13,7 +13,7 @@ import mlflow
 
 from mlplatform import registry
 from mlplatform.errors import DataError, RegistryError
-from mlplatform.registry import CHAMPION, MODEL_NAME, Promotion
+from mlplatform.promotion.alias import CHAMPION, MODEL_NAME, Promotion, mlflow_errors, note, sign
 
 CHALLENGER = "challenger"
 RELEASE_TAG = "release"
@@ -44,7 +44,7 @@ def read(*, name: str = MODEL_NAME) -> Release:
     Raises:
         ServiceDownError: The MLflow server does not answer.
     """
-    with registry._mlflow_errors():
+    with mlflow_errors():
         found = mlflow.MlflowClient().search_registered_models(f"name = '{name}'")
     if not found:
         return Release(None)
@@ -86,20 +86,20 @@ def canary(version: int, share: float, *, name: str = MODEL_NAME) -> Release:
 
 def _release(version: int, tag: str, event: str, name: str) -> Release:
     client = mlflow.MlflowClient()
-    with registry._mlflow_errors():
+    with mlflow_errors():
         entry = client.get_model_version(name, str(version))
-        registry.sign(version, name=name)
+        sign(entry)
         # First the version and then how it answers: a reader in between sees the old way or none.
         client.set_registered_model_alias(name, CHALLENGER, str(version))
         client.set_registered_model_tag(name, RELEASE_TAG, tag)
-        registry._note(entry, event)
+        note(entry, event)
     return read(name=name)
 
 
 def end(*, name: str = MODEL_NAME) -> None:
     """End a release; the champion answers everybody."""
     client = mlflow.MlflowClient()
-    with registry._mlflow_errors():
+    with mlflow_errors():
         if read(name=name).challenger is not None:
             client.delete_registered_model_tag(name, RELEASE_TAG)
             client.delete_registered_model_alias(name, CHALLENGER)

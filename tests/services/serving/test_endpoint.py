@@ -26,6 +26,7 @@ from xgboost import XGBClassifier
 from mlplatform import features, history, income, modeling, registry, tracking
 from mlplatform.errors import CredentialsError, DataError, ServiceDownError
 from mlplatform.monitoring import drift_watch
+from mlplatform.promotion import alias
 from mlplatform.serving import endpoint_log, model_client, predictor, releases
 from mlplatform.serving.online_reader import OnlineReader
 from mlplatform.settings import Settings
@@ -82,7 +83,8 @@ def name(platform: Settings) -> Iterator[str]:
     chosen = f"test-{uuid4()}"
     for trees in (20, 40):
         run = tracking.fit_and_log(f"{trees} trees", XGBClassifier(n_estimators=trees, max_depth=4, n_jobs=2), data)
-        registry.sign(registry.register(run.run_id, name=chosen), name=chosen)
+        version = registry.register(run.run_id, name=chosen)
+        alias.sign(mlflow.MlflowClient().get_model_version(chosen, str(version)))
     mlflow.MlflowClient().set_registered_model_alias(chosen, "champion", "1")
     yield chosen
     mlflow.MlflowClient().delete_registered_model(chosen)
