@@ -19,11 +19,11 @@ PIPELINE = $(BIN)/python -W ignore -m mlplatform_pipeline
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {gsub(/\$$\$$/, "$$", $$2); printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: $(READY) ## Start the platform, run every notebook, render them, say where to look
-	@$(CLI) run --platform $(PLATFORM) $(CLUSTER)
+run: $(READY) ## Start the platform, run every notebook that has changed (FRESH=1: every one), render them, say where to look
+	@$(CLI) run --platform $(PLATFORM) $(CLUSTER) $(if $(FRESH),--fresh)
 
 run-all: $(GROUPS) ## The same with notebooks 8 to 10, which need packages of their own
-	@$(CLI) run --every --platform $(PLATFORM) $(CLUSTER)
+	@$(CLI) run --every --platform $(PLATFORM) $(CLUSTER) $(if $(FRESH),--fresh)
 
 test: $(GROUPS) ## Pass every test, on a platform of its own (DURATIONS=25 lists the slowest)
 	@$(PYTEST)

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -262,6 +262,7 @@ def run(
     *notebooks: str,
     parameters: Annotated[Sequence[str], Parameter(name="-p", show_default=False)] = (),
     every: bool = False,
+    fresh: bool = False,
     output: Path | None = None,
     platform: PlatformName = "embedded",
     target: Target = CURRENT,
@@ -272,11 +273,12 @@ def run(
         notebooks: Names such as 02; those that they need run too. All of the core by default.
         parameters: NOTEBOOK:NAME=VALUE sets a parameter; may be repeated.
         every: Whether to run those too that need a group of packages of their own.
+        fresh: Whether to run those too of which nothing has changed since they last ran.
         output: The folder for executed copies and pages, build/notebooks by default.
         platform: Where; env is the platform that the environment's variables name.
         target: Which cluster, for k8s.
     """
-    from mlplatform_ops import runner, unfinished
+    from mlplatform_ops import runner, unchanged, unfinished
 
     root = find_root()
     folder = root / "notebooks"
@@ -290,15 +292,25 @@ def run(
     with suppress(PermissionError):
         (root / "build").chmod(0o700)
     services = {name for path in chosen for name in runner.services(path)}
-    with (
-        runner.claim_folder((output or root / "build" / "notebooks").resolve()) as folder,
-        _platform(platform, target, services) as settings,
-    ):
+    with runner.claim_folder((output or root / "build" / "notebooks").resolve()) as folder, ExitStack() as stack:
+        stamped = not fresh and unchanged.any_stamped(chosen, folder)
+        settings = stack.enter_context(_platform(platform, target, () if stamped else services))
+        kept: list[Execution] = []
+        if stamped:
+            kept = unchanged.find_unchanged(chosen, folder, settings, root=root, parameters=given, notify=say)
+            chosen = [path for path in chosen if path.stem not in {execution.name for execution in kept}]
+            services = {name for path in chosen for name in runner.services(path)}
+            if services and platform == "embedded":
+                _embedded().up(also=services, notify=say)
         name = os.environ[unfinished.RUN_VARIABLE] = unfinished.new_run()
         unfinished.close_runs(settings, unfinished.is_dead)
         try:
             executions = runner.run_all(
-                chosen, folder, parameters=given, notify=say, diagnose=lambda: check_services(settings)
+                chosen,
+                folder,
+                parameters={path.stem: given[path.stem] for path in chosen if path.stem in given},
+                notify=say,
+                diagnose=lambda: check_services(settings),
             )
         finally:
             del os.environ[unfinished.RUN_VARIABLE]
@@ -310,6 +322,8 @@ def run(
             done = sum(not execution.error and not execution.skipped for execution in executions)
             say(f"stopped after {done} of {len(executions)} notebooks; run 'make run' to start again")
             return 130
+        unchanged.stamp_all(executions, chosen, settings, root=root, parameters=given)
+        executions = sorted([*executions, *kept], key=lambda execution: execution.name)
         _summarise(executions, settings, folder, platform)
     return int(any(execution.error or execution.skipped for execution in executions))
 
@@ -481,7 +495,7 @@ def _show_results(executions: Sequence[Execution]) -> None:
 
     table = Table("notebook", "seconds", "result")
     for execution in executions:
-        result = "not run" if execution.skipped else execution.error or "ok"
+        result = "not run" if execution.skipped else "kept" if execution.unchanged else execution.error or "ok"
         table.add_row(execution.name, f"{execution.seconds:.1f}", result)
     # The terminal may be closed, which is one way to stop a run.
     with suppress(OSError):

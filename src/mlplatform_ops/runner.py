@@ -47,6 +47,7 @@ class Execution:
         error: One line, empty when the notebook succeeded.
         skipped: Whether it was not run because one that it needs had failed, or all were stopped before.
         stopped: Whether it was running when a signal stopped all of them.
+        unchanged: Whether an earlier copy was kept, since another run would give the same.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Execution:
     error: str = ""
     skipped: bool = False
     stopped: bool = False
+    unchanged: bool = False
 
 
 def find_notebooks(folder: Path, *, groups: bool = False) -> list[Path]:
