@@ -20,31 +20,12 @@ from mlplatform.errors import RegistryError
 from mlplatform.income import COLUMNS
 from mlplatform.modeling import SCORES
 from mlplatform.promotion import lock, signing
-from mlplatform.promotion.alias import (
-    CHAMPION as CHAMPION,
-)
-from mlplatform.promotion.alias import (
-    HISTORY,
-    TEST_DATA,
-    judge,
-    mend,
-    mlflow_errors,
-    move,
-    note,
-    sign,
-)
-from mlplatform.promotion.alias import (
-    MODEL_NAME as MODEL_NAME,
-)
-from mlplatform.promotion.alias import (
-    PREVIOUS as PREVIOUS,
-)
-from mlplatform.promotion.alias import (
-    Promotion as Promotion,
-)
-from mlplatform.promotion.alias import (
-    find as find,
-)
+from mlplatform.promotion.alias import HISTORY, TEST_DATA, judge, mend, mlflow_errors, move, note, sign
+from mlplatform.promotion.alias import PREVIOUS as PREVIOUS
+from mlplatform.promotion.alias import Promotion as Promotion
+from mlplatform.promotion.alias import find as find
+from mlplatform.settings import CHAMPION as CHAMPION
+from mlplatform.settings import MODEL_NAME as MODEL_NAME
 from mlplatform.tracking import EXPERIMENT, data_sets, model_uri
 
 DESCRIPTION = (

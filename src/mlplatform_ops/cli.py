@@ -19,7 +19,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from mlplatform.connection import check_services, connect, hasten_feast, limit_waiting
 from mlplatform.errors import NotebookError, PlatformError
-from mlplatform.settings import Settings, find_root, find_settings, state_folder
+from mlplatform.settings import CHAMPION, MODEL_NAME, Settings, find_root, find_settings, state_folder
 from mlplatform_ops.cluster import commands as on_cluster
 from mlplatform_ops.cluster.commands import CURRENT, Target
 from mlplatform_ops.console import say, wide_console
@@ -278,7 +278,7 @@ def run(
         platform: Where; env is the platform that the environment's variables name.
         target: Which cluster, for k8s.
     """
-    from mlplatform_ops import runner, unchanged, unfinished
+    from mlplatform_ops import mlflow_rest, runner, unchanged
 
     root = find_root()
     folder = root / "notebooks"
@@ -302,8 +302,8 @@ def run(
             services = {name for path in chosen for name in runner.services(path)}
             if services and platform == "embedded":
                 _embedded().up(also=services, notify=say)
-        name = os.environ[unfinished.RUN_VARIABLE] = unfinished.new_run()
-        unfinished.close_runs(settings, unfinished.is_dead)
+        name = os.environ[mlflow_rest.RUN_VARIABLE] = mlflow_rest.new_run()
+        mlflow_rest.close_runs(settings, mlflow_rest.is_dead)
         try:
             executions = runner.run_all(
                 chosen,
@@ -313,8 +313,8 @@ def run(
                 diagnose=lambda: check_services(settings),
             )
         finally:
-            del os.environ[unfinished.RUN_VARIABLE]
-            killed = unfinished.close_runs(settings, lambda made: made == name)
+            del os.environ[mlflow_rest.RUN_VARIABLE]
+            killed = mlflow_rest.close_runs(settings, lambda made: made == name)
         if killed:
             say(f"{killed} MLflow runs did not end and are marked KILLED")
         if any(execution.stopped for execution in executions):
@@ -495,7 +495,7 @@ def _show_results(executions: Sequence[Execution]) -> None:
 
     table = Table("notebook", "seconds", "result")
     for execution in executions:
-        result = "not run" if execution.skipped else "kept" if execution.unchanged else execution.error or "ok"
+        result = "not run" if execution.skipped else "kept, unchanged" if execution.unchanged else execution.error or "ok"
         table.add_row(execution.name, f"{execution.seconds:.1f}", result)
     # The terminal may be closed, which is one way to stop a run.
     with suppress(OSError):
@@ -503,18 +503,19 @@ def _show_results(executions: Sequence[Execution]) -> None:
 
 
 def _summarise(executions: Sequence[Execution], settings: Settings, output: Path, platform: PlatformName) -> None:
-    from mlflow import MlflowClient
-
     from mlplatform.modeling import SCORES
-    from mlplatform.registry import CHAMPION, MODEL_NAME, find
+    from mlplatform_ops import mlflow_rest
 
     _show_results(executions)
     console = wide_console()
-    champion = find(CHAMPION)
-    if champion and champion.run_id:
-        run = MlflowClient().get_run(champion.run_id)
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in sorted(run.data.metrics.items()) if name in SCORES)
-        console.print(f"Champion    {MODEL_NAME} version {champion.version} ({run.info.run_name}): {scores}")
+    found = mlflow_rest.look_up(settings, "registered-models/alias", name=MODEL_NAME, alias=CHAMPION)
+    version = found["model_version"] if found else {}
+    run = mlflow_rest.look_up(settings, "runs/get", run_id=version["run_id"]) if version else None
+    if run:
+        metrics = {entry["key"]: entry["value"] for entry in run["run"]["data"]["metrics"]}
+        scores = ", ".join(f"{name} {metrics[name]:.4f}" for name in sorted(metrics.keys() & set(SCORES)))
+        name = run["run"]["info"]["run_name"]
+        console.print(f"Champion    {MODEL_NAME} version {version['version']} ({name}): {scores}")
     if platform == "k8s":
         console.print("MLflow, S3  make k8s-forward  (their addresses and credentials, until Ctrl-C)")
     else:

@@ -6,7 +6,7 @@ import os
 
 from mlflow.tracking.context.abstract_context import RunContextProvider
 
-from mlplatform_ops.unfinished import RUN_TAG, RUN_VARIABLE
+from mlplatform_ops.mlflow_rest import RUN_TAG, RUN_VARIABLE
 
 
 class MakeRunContext(RunContextProvider):

@@ -171,9 +171,9 @@ def check_parameters(notebook: Path, parameters: Mapping[str, object]) -> None:
     Raises:
         NotebookError: It does not declare one; the message lists those that it does.
     """
-    from papermill import inspect_notebook
-
     if parameters:
+        from papermill import inspect_notebook
+
         declared = inspect_notebook(str(notebook))
         for name in parameters:
             if name not in declared:

@@ -20,10 +20,11 @@ from typing import Any
 
 import redis
 
-from mlplatform import objectstore
-from mlplatform.errors import NotebookError, PlatformError
+from mlplatform.connection import s3_client
+from mlplatform.errors import NotebookError
 from mlplatform.results import read_results
-from mlplatform.settings import FEATURES_BUCKET, REGISTRY_BUCKET, Settings
+from mlplatform.settings import CHAMPION, FEATURES_BUCKET, MODEL_NAME, REGISTRY_BUCKET, Settings
+from mlplatform_ops import mlflow_rest
 from mlplatform_ops.runner import Execution, needs, services
 
 STAMP = "mlplatform_stamp"  # in the metadata of an executed copy
@@ -50,7 +51,7 @@ def find_unchanged(
         settings: The platform, which answers.
         root: The clone's top folder.
         parameters: Values by parameter, by notebook name.
-        notify: Called with a line for each notebook that is not run again, and why one is that could have been kept.
+        notify: Called with a line for those that are kept, and with the reason for each that runs again.
 
     Returns:
         One entry per notebook that need not run.
@@ -66,12 +67,15 @@ def find_unchanged(
         if earlier := sorted((needs(path) & paths.keys()) - kept.keys()):
             reason = f"{', '.join(earlier)} runs again"
         else:
-            reason = _difference(stamp, path, parameters.get(name, {}), settings, root, marks) or _lost(executed)
+            reason = _difference(stamp, path, parameters.get(name, {}), settings, root, marks) or _lost(
+                executed, settings
+            )
         if reason:
             notify(f"{name} runs again: {reason}")
         else:
             kept[name] = Execution(name, executed, float(stamp["seconds"]), unchanged=True)
-            notify(f"{name} is kept: nothing that it depends on has changed, and what it made is there")
+    if kept:
+        notify(f"kept, since nothing they depend on has changed and what they made is there: {', '.join(kept)}")
     return list(kept.values())
 
 
@@ -187,36 +191,37 @@ def _marked(path: Path, root: Path) -> list[str]:
 
 def _marks(settings: Settings) -> dict[str, str]:
     """Ask which version is champion, and what the feature store holds."""
-    from mlplatform.registry import CHAMPION, find
-
-    champion = find(CHAMPION)
-    stored = [objectstore.list_objects(f"s3://{bucket}") for bucket in (FEATURES_BUCKET, REGISTRY_BUCKET)]
+    found = mlflow_rest.look_up(settings, "registered-models/alias", name=MODEL_NAME, alias=CHAMPION)
+    stored = [_list(settings, f"s3://{bucket}/") for bucket in (FEATURES_BUCKET, REGISTRY_BUCKET)]
     with redis.Redis.from_url(settings.redis_url) as client:
         keys = client.dbsize()
     return {
-        "registry": str(champion.version if champion else None),
-        "features": _digest(f"{keys} {[frame.to_csv() for frame in stored]}".encode()),
+        "registry": found["model_version"]["version"] if found else "",
+        "features": _digest(f"{keys} {stored}".encode()),
     }
 
 
-def _lost(executed: Path) -> str:
+def _lost(executed: Path, settings: Settings) -> str:
     """Name an object or an MLflow run that a copy recorded and the platform no longer has; empty if all are there."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
     try:
-        recorded = set(_texts(read_results(executed)))
-        for uri in sorted(text for text in recorded if text.startswith("s3://")):
-            if uri not in set(objectstore.list_objects(uri)["uri"]):
-                return f"{uri} is gone"
-        for run_id in sorted(text for text in recorded if _RUN_ID.fullmatch(text)):
-            if MlflowClient().get_run(run_id).info.lifecycle_stage != "active":
-                return f"MLflow's run {run_id} was deleted"
-    except MlflowException:
-        return "an MLflow run that it made is gone"
-    except (NotebookError, PlatformError) as error:
+        recorded = sorted(set(_texts(read_results(executed))))
+    except NotebookError as error:
         return str(error)
+    for text in recorded:
+        if text.startswith("s3://") and text not in _list(settings, text):
+            return f"{text} is gone"
+        if _RUN_ID.fullmatch(text):
+            run = mlflow_rest.look_up(settings, "runs/get", run_id=text)
+            if run is None or run["run"]["info"]["lifecycle_stage"] != "active":
+                return f"MLflow's run {text} is gone"
     return ""
+
+
+def _list(settings: Settings, prefix: str) -> dict[str, str]:
+    """Give the ETag of each object whose address begins so, without pandas, which `objectstore` imports."""
+    bucket, _, key = prefix.removeprefix("s3://").partition("/")
+    pages = s3_client(settings).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+    return {f"s3://{bucket}/{entry['Key']}": entry["ETag"] for page in pages for entry in page.get("Contents", [])}
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 
 from mlplatform.settings import Settings
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
-from mlplatform_ops.unfinished import RUN_TAG
+from mlplatform_ops.mlflow_rest import RUN_TAG
 
 ROOT = Path(__file__).parents[2]
 BOUND_S = 120

@@ -42,7 +42,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for name, (code, needs) in NOTEBOOKS.items():
             write_notebook(tmp_path / folder / f"{name}.ipynb", code, needs)
     monkeypatch.setattr(unchanged, "_marks", lambda _: {"registry": "1", "features": "a"})
-    monkeypatch.setattr(unchanged, "_lost", lambda _: "")
+    monkeypatch.setattr(unchanged, "_lost", lambda *_: "")
     unchanged._imports_of.cache_clear()
     return tmp_path
 

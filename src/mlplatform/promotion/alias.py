@@ -14,9 +14,8 @@ from mlflow.exceptions import MlflowException
 
 from mlplatform.errors import RegistryError, credentials_refused, service_down
 from mlplatform.promotion import gate, lock, signing
+from mlplatform.settings import CHAMPION, MODEL_NAME
 
-MODEL_NAME = "income-above-50k"
-CHAMPION = "champion"
 PREVIOUS = "previous"
 HISTORY = "history"  # a tag with this prefix holds one decision about its version, and its time
 TEST_DATA = "test_data"

@@ -13,7 +13,8 @@ import mlflow
 
 from mlplatform import registry
 from mlplatform.errors import DataError, RegistryError
-from mlplatform.promotion.alias import CHAMPION, MODEL_NAME, Promotion, mlflow_errors, note, sign
+from mlplatform.promotion.alias import Promotion, mlflow_errors, note, sign
+from mlplatform.settings import CHAMPION, MODEL_NAME
 
 CHALLENGER = "challenger"
 RELEASE_TAG = "release"

@@ -1,7 +1,4 @@
-"""Close MLflow runs that a dead kernel left as RUNNING, by the tag that says which `make run` made them.
-
-MLflow itself is not imported: that takes seconds, and a run that is being stopped has none.
-"""
+"""MLflow by its REST API, for commands: importing MLflow takes seconds, and a run that is being stopped has none."""
 
 from __future__ import annotations
 
@@ -73,12 +70,28 @@ def close_runs(settings: Settings, ended: Callable[[str], bool]) -> int:
     return closed
 
 
-def _ask(settings: Settings, method: str, **body: Any) -> dict[str, Any]:
-    answer = requests.post(
-        f"{settings.tracking_uri}/api/2.0/mlflow/{method}",
-        json=body,
-        auth=(settings.tracking_username, settings.tracking_password),
-        timeout=TIMEOUT_S,
-    )
+def look_up(settings: Settings, method: str, **query: str) -> dict[str, Any] | None:
+    """Send a request of MLflow's REST API that reads, such as `runs/get`; nothing if what is asked for is not there.
+
+    Raises:
+        requests.RequestException: MLflow does not answer, or refuses.
+    """
+    answer = requests.get(_address(settings, method), params=query, auth=_login(settings), timeout=TIMEOUT_S)
+    if answer.status_code == 404:
+        return None
     answer.raise_for_status()
     return dict(answer.json())
+
+
+def _ask(settings: Settings, method: str, **body: Any) -> dict[str, Any]:
+    answer = requests.post(_address(settings, method), json=body, auth=_login(settings), timeout=TIMEOUT_S)
+    answer.raise_for_status()
+    return dict(answer.json())
+
+
+def _address(settings: Settings, method: str) -> str:
+    return f"{settings.tracking_uri}/api/2.0/mlflow/{method}"
+
+
+def _login(settings: Settings) -> tuple[str, str]:
+    return settings.tracking_username, settings.tracking_password
