@@ -495,7 +495,8 @@ def _show_results(executions: Sequence[Execution]) -> None:
 
     table = Table("notebook", "seconds", "result")
     for execution in executions:
-        result = "not run" if execution.skipped else "kept, unchanged" if execution.unchanged else execution.error or "ok"
+        done = "kept, unchanged" if execution.unchanged else "ok"
+        result = "not run" if execution.skipped else execution.error or done
         table.add_row(execution.name, f"{execution.seconds:.1f}", result)
     # The terminal may be closed, which is one way to stop a run.
     with suppress(OSError):
