@@ -15,15 +15,18 @@ CLI = $(BIN)/python -m mlplatform_ops
 PIPELINE = $(BIN)/python -W ignore -m mlplatform_pipeline
 
 ##@ Start here
-.PHONY: help run run-all test
+.PHONY: help run run-all site test
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {gsub(/\$$\$$/, "$$", $$2); printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: $(READY) ## Start the platform, run every notebook that has changed (FRESH=1: every one), render them, say where to look
+run: $(READY) ## Start the platform, run every notebook that has changed (FRESH=1: every one), make the site, say where to look
 	@$(CLI) run --platform $(PLATFORM) $(CLUSTER) $(if $(FRESH),--fresh)
 
 run-all: $(GROUPS) ## The same with notebooks 8 to 10, which need packages of their own
 	@$(CLI) run --every --platform $(PLATFORM) $(CLUSTER) $(if $(FRESH),--fresh)
+
+site: $(READY) ## Make build/site again, from the notebooks of the last run
+	@$(CLI) site
 
 test: $(GROUPS) ## Pass every test, on a platform of its own (DURATIONS=25 lists the slowest)
 	@$(PYTEST)
@@ -138,6 +141,7 @@ lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requ
 	@printf '%s\n' kubernetes protobuf requests urllib3 | $(GROUP) --override /dev/stdin --group pipelines -o requirements-pipelines.lock
 	@$(GROUP) -c requirements-pipelines.lock --group serving -o requirements-serving.lock
 	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock --group drift -o requirements-drift.lock
+	@$(GROUP) --group browser -o requirements-browser.lock
 
 # A group of packages that only some targets need: `$(VENV)/.pipelines` stands for it. Adding one removes nothing.
 $(VENV)/.%: requirements-%.lock $(READY)

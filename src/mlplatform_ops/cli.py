@@ -267,14 +267,14 @@ def run(
     platform: PlatformName = "embedded",
     target: Target = CURRENT,
 ) -> int:
-    """Run the notebooks in order, render them, and say where to look.
+    """Run the notebooks in order, make the site of them, and say where to look.
 
     Args:
         notebooks: Names such as 02; those that they need run too. All of the core by default.
         parameters: NOTEBOOK:NAME=VALUE sets a parameter; may be repeated.
         every: Whether to run those too that need a group of packages of their own.
         fresh: Whether to run those too of which nothing has changed since they last ran.
-        output: The folder for executed copies and pages, build/notebooks by default.
+        output: The folder for executed copies, build/notebooks by default; another holds the site too.
         platform: Where; env is the platform that the environment's variables name.
         target: Which cluster, for k8s.
     """
@@ -324,8 +324,16 @@ def run(
             return 130
         unchanged.stamp_all(executions, chosen, settings, root=root, parameters=given)
         executions = sorted([*executions, *kept], key=lambda execution: execution.name)
-        _summarise(executions, settings, folder, platform)
+        _summarise(executions, settings, platform)
+        _build_site(folder, root / "build" / "site" if folder == root / "build" / "notebooks" else folder / "site")
     return int(any(execution.error or execution.skipped for execution in executions))
+
+
+@app.command
+def site() -> None:
+    """Make the site again, from the executed notebooks of the last run."""
+    build = find_root() / "build"
+    _build_site(build / "notebooks", build / "site")
 
 
 @release.command(name="shadow")
@@ -503,7 +511,15 @@ def _show_results(executions: Sequence[Execution]) -> None:
         wide_console().print(table)
 
 
-def _summarise(executions: Sequence[Execution], settings: Settings, output: Path, platform: PlatformName) -> None:
+def _build_site(executed: Path, site: Path) -> None:
+    from mlplatform_ops.site.build import build
+
+    for warning in build(find_root(), executed, site):
+        say(f"site: {warning}")
+    wide_console().print(f"Read on     {site / 'index.html'}")
+
+
+def _summarise(executions: Sequence[Execution], settings: Settings, platform: PlatformName) -> None:
     from mlplatform.modeling import SCORES
     from mlplatform_ops import mlflow_rest
 
@@ -523,4 +539,3 @@ def _summarise(executions: Sequence[Execution], settings: Settings, output: Path
         source = ": make env" if platform == "embedded" else " as in the environment"
         console.print(f"MLflow      {settings.tracking_uri}  (user {settings.tracking_username}; password{source})")
         console.print(f"S3          {settings.s3_endpoint}  (keys{source})")
-    console.print(f"Notebooks   {output}  (*.html, with outputs and plots)")

@@ -195,7 +195,7 @@ def run_all(
 
     Args:
         notebooks: Paths of notebooks. What one needs and is not among them counts as done.
-        output: Where executed copies and their HTML go; made if missing.
+        output: Where executed copies go; made if missing.
         parameters: Values by parameter, by notebook name.
         notify: Called with a line when a notebook starts and ends.
         diagnose: Called after a failure; raises a `PlatformError` that names a service which does not answer.
@@ -304,7 +304,7 @@ def execute(
     diagnose: Callable[[], None] = lambda: None,
     stop: _Stop | None = None,
 ) -> Execution:
-    """Run one notebook in its own folder and render the executed copy as HTML, whether it succeeded or not.
+    """Run one notebook in its own folder and keep the executed copy, whether it succeeded or not.
 
     The copy of an earlier run is replaced when this one has ended, so a full disk never leaves an empty one.
 
@@ -368,7 +368,7 @@ def execute(
 
 
 def _keep(partial: Path, executed: Path) -> str:
-    """Put an executed copy in its place and render it.
+    """Put an executed copy in its place.
 
     Returns:
         What went wrong, empty when nothing did.
@@ -377,7 +377,6 @@ def _keep(partial: Path, executed: Path) -> str:
         # What a full disk left is no notebook, and must not replace one.
         json.loads(partial.read_text())
         partial.replace(executed)
-        render(executed)
     except (OSError, ValueError) as error:
         partial.unlink(missing_ok=True)
         return f"cannot write {executed}: {getattr(error, 'strerror', None) or 'it was cut off'}"
@@ -396,30 +395,6 @@ def _unfinished_cell(executed: Path) -> str:
                 first = re.sub(r"\s+", " ", "".join(cell["source"]).strip().splitlines()[0])
                 name = f"cell {place} ({first[:60]})"
     return name
-
-
-def render(executed: Path) -> Path:
-    """Render an executed notebook as one HTML file beside it, which loads nothing from elsewhere.
-
-    Cells with the tag `claim` check what the text says. They are left out, unless one failed.
-    """
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    scripts = ("mathjax_url", "require_js_url", "jquery_url", "mermaid_js_url", "mermaid_layout_elk_js_url")
-    nothing = dict.fromkeys(scripts, "")
-    notebook = nbformat.read(executed, as_version=4)  # type: ignore[no-untyped-call]
-    notebook.cells = [cell for cell in notebook.cells if not _is_claim_that_holds(cell)]
-    resources = {"metadata": {"name": executed.stem}}
-    html, _ = HTMLExporter(**nothing).from_notebook_node(notebook, resources)  # type: ignore[no-untyped-call]
-    page = executed.with_suffix(".html")
-    page.write_text(html, encoding="utf-8")
-    return page
-
-
-def _is_claim_that_holds(cell: Mapping[str, Any]) -> bool:
-    failed = any(output["output_type"] == "error" for output in cell.get("outputs", ()))
-    return "claim" in cell["metadata"].get("tags", ()) and not failed
 
 
 def _complete(name: str, known: Mapping[str, Path]) -> str:

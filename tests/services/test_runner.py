@@ -46,27 +46,6 @@ def test_parameters_reach_the_notebook_and_results_come_back(write: Write, tmp_p
     assert said[1].startswith("01_double done after ")
 
 
-def test_the_page_shows_outputs_and_loads_nothing_from_elsewhere(write: Write, tmp_path: Path) -> None:
-    (execution,) = run_all([write("01_double")], tmp_path / "out")
-    page = execution.executed.with_suffix(".html").read_text()
-    assert "doubled: 2" in page
-    assert 'src="http' not in page
-    assert "cdnjs" not in page
-
-
-def test_a_claim_is_off_the_page_unless_it_fails(write: Write, tmp_path: Path) -> None:
-    for name, cell in (("01_holds", "assert size == 1, 'size moved'"), ("02_fails", "assert size == 2, 'size moved'")):
-        path = write(name, [RECORD, cell])
-        notebook = nbformat.read(path, as_version=4)
-        notebook.cells[-1].metadata["tags"] = ["claim"]
-        nbformat.write(notebook, path)
-    holds, fails = run_all(find_notebooks(tmp_path), tmp_path / "out")
-    assert (holds.error, fails.error) == ("", "In [3]: AssertionError: size moved")
-    assert "size moved" not in holds.executed.with_suffix(".html").read_text()
-    assert "size moved" in fails.executed.with_suffix(".html").read_text()
-    assert "size moved" in holds.executed.read_text()
-
-
 def test_a_failure_is_one_line_keeps_the_copy_and_stops_only_what_needs_it(write: Write, tmp_path: Path) -> None:
     broken = write("01_broken", ["raise ValueError('no such thing\\nand more')"])
     needing = write("02_needing", needs=["01_broken"])
@@ -76,7 +55,6 @@ def test_a_failure_is_one_line_keeps_the_copy_and_stops_only_what_needs_it(write
     assert [entry.name for entry in executions] == ["01_broken", "02_needing", "03_further", "04_other"]
     assert executions[0].error == "In [2]: ValueError: no such thing"
     assert "ValueError" in executions[0].executed.read_text()
-    assert executions[0].executed.with_suffix(".html").exists()
     assert [entry.skipped for entry in executions] == [False, True, True, False]
     assert executions[3].error == ""
 

@@ -14,7 +14,8 @@ from mlplatform.connection import connect
 from mlplatform.errors import ServiceDownError
 
 BUCKET = "executed-notebooks"
-OUTPUT = Path("build/notebooks")
+BUILD = Path("build")
+OUTPUT = BUILD / "notebooks"
 WAIT_S = 900
 
 
@@ -39,10 +40,10 @@ def main() -> int:
     command = [sys.executable, "-m", "mlplatform_ops", "run", "--platform", "env", "--output", str(OUTPUT)]
     status = subprocess.run([*command, *sys.argv[1:]], check=False).returncode
     client = boto3.client("s3")
-    files = [path for path in sorted(OUTPUT.rglob("*")) if path.is_file()]
+    files = [path for folder in (OUTPUT, BUILD / "site") for path in sorted(folder.rglob("*")) if path.is_file()]
     for path in files:
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        key = f"{prefix}/{path.relative_to(OUTPUT)}"
+        key = f"{prefix}/{path.relative_to(BUILD)}"
         client.upload_file(str(path), BUCKET, key, ExtraArgs={"ContentType": kind})
     print(f"kept {len(files)} files in s3://{BUCKET}/{prefix}/", flush=True)
     return status

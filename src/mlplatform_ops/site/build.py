@@ -1,0 +1,49 @@
+"""Build the site: write its sources, and let Sphinx make pages of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from mlplatform.errors import PlatformError
+from mlplatform_ops.runner import find_notebooks
+from mlplatform_ops.site import pages
+
+
+class SiteError(PlatformError, RuntimeError):
+    """The site cannot be built."""
+
+
+def build(root: Path, executed: Path, site: Path) -> list[str]:
+    """Build all pages from the repository and the executed notebooks; what did not change is not built again.
+
+    Args:
+        root: The clone.
+        executed: The folder of executed notebooks. One that is not there was not run, and its page says so.
+        site: The folder for the pages; its sources lie beside it.
+
+    Returns:
+        Sphinx's warnings.
+
+    Raises:
+        SiteError: Sphinx failed, or the disk is full.
+    """
+    from filelock import FileLock
+
+    work = site.with_name(f".{site.name}")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with FileLock(work / "lock"):
+            chapters = pages.read_chapters(find_notebooks(root / "notebooks", groups=True), executed)
+            pages.write_pages(root, chapters, work / "source")
+            folders = (str(work / "source"), str(site))
+            options = ["-q", "-b", "html", "-c", str(pages.HERE), "-d", str(work / "doctrees")]
+            command = [sys.executable, "-m", "sphinx", *options, *folders]
+            outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise SiteError(f"cannot write the site to {site}: {error.strerror or error}") from error
+    said = outcome.stderr.strip().splitlines()
+    if outcome.returncode:
+        raise SiteError(f"the site cannot be built: {said[-1] if said else 'Sphinx failed'}")
+    return said
