@@ -37,6 +37,8 @@ def build(root: Path, executed: Path, site: Path) -> list[str]:
         with FileLock(work / "lock"):
             chapters = pages.read_chapters(find_notebooks(root / "notebooks", groups=True), executed)
             pages.write_pages(root, chapters, work / "source")
+            if _is_current(site, work / "source"):
+                return []
             folders = (str(work / "source"), str(site))
             options = ["-q", "-b", "html", "-c", str(pages.HERE), "-d", str(work / "doctrees")]
             command = [sys.executable, "-m", "sphinx", *options, *folders]
@@ -47,3 +49,10 @@ def build(root: Path, executed: Path, site: Path) -> list[str]:
     if outcome.returncode:
         raise SiteError(f"the site cannot be built: {said[-1] if said else 'Sphinx failed'}")
     return said
+
+
+def _is_current(site: Path, source: Path) -> bool:
+    """Whether Sphinx has ended since the last change: it writes the inventory last, and always."""
+    inventory = site / "objects.inv"
+    parts = [*source.rglob("*.*"), *pages.HERE.rglob("*.*")]
+    return inventory.exists() and inventory.stat().st_mtime > max(path.stat().st_mtime for path in parts)

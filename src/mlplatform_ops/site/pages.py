@@ -132,17 +132,13 @@ def write_pages(root: Path, chapters: Iterable[Chapter], source: Path) -> None:
         pages[f"{page}.md"] = _relink((root / path).read_text(), Path(path).parent, folder, documents)
     for chapter in chapters:
         pages[f"notebooks/{chapter.name}.ipynb"] = _notebook_page(chapter)
+    present = {str(path.relative_to(source)): path for path in source.rglob("*.*") if path.suffix in {".md", ".ipynb"}}
     for name, text in pages.items():
-        _write(source / name, text)
-    for written in source.rglob("*.*"):
-        if written.suffix in {".md", ".ipynb"} and str(written.relative_to(source)) not in pages:
-            written.unlink()
-
-
-def _write(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        if name not in present or present[name].read_text() != text:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_text(text)
+    for name in present.keys() - pages.keys():
+        present[name].unlink()
 
 
 def _documents(root: Path) -> dict[str, str]:
@@ -413,12 +409,11 @@ def _status(chapters: list[Chapter]) -> str:
     ran = [chapter for chapter in chapters if chapter.started]
     lines = ["# Status", "", "What was run, when, with which versions, and how long it took.", ""]
     if ran:
-        starts = [chapter.started.timestamp() for chapter in ran if chapter.started]
-        ends = [chapter.started.timestamp() + chapter.seconds for chapter in ran if chapter.started]
         failed = sum(chapter.failed for chapter in ran)
+        total = sum(chapter.seconds for chapter in ran)
         lines += [
-            f"{len(ran)} of {len(chapters)} notebooks were run, {failed} failed. From the first start to the last end "
-            f"{max(ends) - min(starts):.0f} s passed; two run at a time.",
+            f"{len(ran)} of {len(chapters)} notebooks were run, {failed} failed. Together they took {total:.0f} s; two "
+            "run at a time, and one that has not changed is not run again.",
             "",
         ]
     lines += [
