@@ -28,7 +28,7 @@ run-all: $(GROUPS) ## The same with notebooks 8 to 10, which need packages of th
 site: $(READY) ## Make build/site again, from the notebooks of the last run
 	@$(CLI) site
 
-test: $(GROUPS) ## Pass every test, on a platform of its own (DURATIONS=25 lists the slowest)
+test: $(GROUPS) $(VENV)/.audit ## Pass every test, on a platform of its own (DURATIONS=25 lists the slowest)
 	@$(PYTEST)
 
 ##@ The platform on this machine
@@ -106,7 +106,7 @@ k8s-pipeline: $(VENV)/.pipelines ## Submit a pipeline to Kubeflow at KFP_HOST (N
 	@$(PIPELINE) submit $(or $(NAME),batch) $(ARGS) $(if $(CRON),--cron '$(CRON)')
 
 ##@ Working on the repository
-.PHONY: check lint test-unit test-services test-notebooks test-cluster format lock install
+.PHONY: check lint test-unit test-services test-notebooks test-cluster format secrets sbom audit lock install
 check: lint test-unit ## Check style, types and contracts, and pass the unit tests: seconds
 
 lint: $(READY) ## Check style, types, the contracts between packages, and the workflows
@@ -116,7 +116,7 @@ lint: $(READY) ## Check style, types, the contracts between packages, and the wo
 test-unit: $(READY) ## Pass the tests that need no server
 	@$(PYTEST) tests/unit
 
-test-services: $(GROUPS) ## Pass the tests of one service each, against real servers
+test-services: $(GROUPS) $(VENV)/.audit ## Pass the tests of one service each, against real servers
 	@$(PYTEST) tests/services
 
 test-notebooks: $(GROUPS) ## Run every notebook and check what it made
@@ -128,13 +128,26 @@ test-cluster: $(READY) ## Pass the tests of the manifests and of the k8s- comman
 format: $(READY) ## Format code and notebooks, strip the notebooks' outputs
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/nbstripout notebooks/*.ipynb
 
+secrets: $(READY) ## Look for secrets in every file of the repository (FILES= names some)
+	@$(if $(FILES),printf '%s\0' $(FILES),git ls-files -z) | grep -zvE '\.lock$$|^data/|\.png$$|/compiled/' | xargs -0 $(BIN)/detect-secrets-hook --no-verify --disable-plugin HexHighEntropyString --exclude-lines 'secretName:|defaultMode:|`make env`|"(wrong|hush-[0-9])"'
+
+sbom: $(VENV)/.audit ## List what the environment and the notebooks' image consist of, in build/*.cdx.json (CycloneDX)
+	@mkdir -p build
+	@$(BIN)/cyclonedx-py environment $(VENV) --pyproject pyproject.toml --output-reproducible -o build/environment.cdx.json
+	@$(BIN)/cyclonedx-py requirements deploy/components/notebooks/requirements.lock --pyproject pyproject.toml --output-reproducible -o build/image.cdx.json
+
+audit: $(VENV)/.audit ## Ask the Python Packaging Advisory Database for known holes in what is locked; needs the internet
+	@for lock in requirements*.lock; do $(BIN)/pip-audit --require-hashes --disable-pip -r "$$lock" || exit 1; done
+
 install: $(READY) ## Create the environment (every other target does it when needed)
 
 # The image's file and the groups' are locked with the machine's versions. Each group follows the one before it, so that
 # all of them fit into one environment. kfp's own bounds on four packages are older than what it runs with: a test holds it.
-LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
+# A release is taken when it has been out for a week: one that somebody has planted is most often found by then.
+COOLDOWN = 7 days
+LOCK = $(BIN)/uv pip compile --quiet --exclude-newer '$(COOLDOWN)' --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 GROUP = $(LOCK) -c requirements.lock
-lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requirements
+lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requirements (COOLDOWN='7 days')
 	@echo 'uv' | $(LOCK) --upgrade - -o requirements-uv.lock
 	@$(LOCK) --upgrade --group dev pyproject.toml -o requirements.lock
 	@$(GROUP) --group build --group ops pyproject.toml -o deploy/components/notebooks/requirements.lock
@@ -142,6 +155,7 @@ lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requ
 	@$(GROUP) -c requirements-pipelines.lock --group serving -o requirements-serving.lock
 	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock --group drift -o requirements-drift.lock
 	@$(GROUP) --group browser -o requirements-browser.lock
+	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock -c requirements-drift.lock --group audit -o requirements-audit.lock
 
 # A group of packages that only some targets need: `$(VENV)/.pipelines` stands for it. Adding one removes nothing.
 $(VENV)/.%: requirements-%.lock $(READY)

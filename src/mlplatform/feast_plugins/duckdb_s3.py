@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import duckdb
 
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, ServiceDownError
+from mlplatform.settings import S3_ANSWER_TIMEOUT_S, S3_ATTEMPTS
 
 _NEXT = "write it, or check the source's path"
 
@@ -38,6 +39,9 @@ def _database(secret: str) -> duckdb.DuckDBPyConnection:
     # Files are replaced under their names, so nothing read earlier may be reused.
     duck.execute("SET enable_external_file_cache = false")
     duck.execute("SET TimeZone = 'UTC'")
+    # Its own would wait for half a minute, four times, for a store that hangs.
+    duck.execute(f"SET http_timeout = {S3_ANSWER_TIMEOUT_S:.0f}")
+    duck.execute(f"SET http_retries = {S3_ATTEMPTS - 1}")
     duck.execute(secret)
     return duck
 
