@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import exercises
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
@@ -63,12 +64,13 @@ def platform(embedded: EmbeddedPlatform) -> Iterator[Settings]:
 def executed(
     embedded: EmbeddedPlatform, platform: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """Every notebook, run once in the order they need each other: executed copies by name.
+    """Every notebook, run once in the order they need each other and with its exercises done: executed copies by name.
 
+    So each notebook is run, with all its claims, on what the exercises of those before it have left.
     Copies of a chain that failed are kept in `build/failed-notebooks`.
     """
     output = tmp_path_factory.mktemp("notebooks")
-    chain = notebooks.find_notebooks(ROOT / "notebooks")
+    chain = exercises.done(notebooks.find_notebooks(ROOT / "notebooks"), output / "exercises")
     embedded.up(also={name for path in chain for name in notebooks.services(path)})
     executions = notebooks.run_all(chain, output)
     problems = [f"{entry.name}: {entry.error}" for entry in executions if entry.error]

@@ -198,7 +198,7 @@ def point_in_time(
 def read_online(store: FeatureStore, users: Sequence[str], features: str | Sequence[str] = SERVICE) -> pd.DataFrame:
     """Call `get_online_features`; adds a column that tells a user without a stored value from one whose value is null.
 
-    Feast does not apply the ttl online: a value stays until a later one replaces it, however old it gets.
+    A value past its ttl is gone if `expire_online` is on in `feature_store.yaml`. Ours is off: it stays, however old.
 
     Args:
         store: The feature store.
