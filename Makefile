@@ -106,7 +106,7 @@ k8s-pipeline: $(VENV)/.pipelines ## Submit a pipeline to Kubeflow at KFP_HOST (N
 	@$(PIPELINE) submit $(or $(NAME),batch) $(ARGS) $(if $(CRON),--cron '$(CRON)')
 
 ##@ Working on the repository
-.PHONY: check lint test-unit test-services test-notebooks test-cluster format secrets sbom audit lock install
+.PHONY: bench check lint test-unit test-services test-notebooks test-cluster format secrets sbom audit lock install
 check: lint test-unit ## Check style, types and contracts, and pass the unit tests: seconds
 
 lint: $(READY) ## Check style, types, the contracts between packages, and the workflows
@@ -124,6 +124,9 @@ test-notebooks: $(GROUPS) ## Run every notebook and check what it made
 
 test-cluster: $(READY) ## Pass the tests of the manifests and of the k8s- commands
 	@$(PYTEST) tests/cluster
+
+bench: $(READY) ## Time the feature store beside Feast's stock parts and the least that the work takes (SCALES='1 10 100')
+	@$(CLI) up && $(BIN)/python -W ignore tests/benchmarks/features.py --scales $(or $(SCALES),1 10)
 
 format: $(READY) ## Format code and notebooks, strip the notebooks' outputs
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/nbstripout notebooks/*.ipynb

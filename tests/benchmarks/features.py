@@ -1,24 +1,29 @@
-"""Time the feature store against Feast's own parts and against the least that the work takes.
+"""Time the feature store beside Feast's own parts and beside the least that the work takes, in one run.
 
-`python tests/benchmarks/features.py` in the environment of `make env`, with the feature server running (`make serve`).
-It writes under names of its own and removes them again. Each figure is the best of some runs, side by side on one
-machine.
+`make bench` starts the platform and runs this; `SCALES='1 10 100'` adds a hundred times the rows. Each figure is the
+median of at least five runs, and the contenders take turns, so that a busy moment of the machine meets all of them. A
+time counts only after the contenders gave the same answer. Everything lies under names of its own and is removed again;
+the table goes to `build/benchmarks/features.md`.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import io
+import multiprocessing
 import os
+import secrets
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +32,11 @@ import pyarrow as pa
 import redis
 import requests
 from feast import FeatureStore
+from feast.infra.online_stores.helpers import _mmh3
+from serving import client as http_client
+from serving import encode, running
 
-from mlplatform import feature_client, features, history, objectstore
+from mlplatform import connect, feature_client, features, history, objectstore
 from mlplatform.connection import s3_client
 from mlplatform.feast_plugins.duckdb_s3 import connection
 from mlplatform.income import read_income
@@ -37,20 +45,43 @@ from mlplatform.settings import Settings, find_root
 STOCK = {
     "mlplatform.feast_plugins.offline_store.S3DuckDBOfflineStore": "file",
     "mlplatform.feast_plugins.compute_engine.PipelinedComputeEngine": "local",
+    "mlplatform.feast_plugins.online_store.ExpiringRedisOnlineStore": "redis",
+    "  expire_online: false\n": "",
 }
-Row = tuple[str, str, str, str]
+OURS, FLOOR, FEAST = "ours", "floor", "Feast's stock parts"
+HEAD = ("what", "size", "contender", "median", "spread", "rate", "beside the floor")
+Row = tuple[str, ...]
 
 
 def main() -> None:
-    """Measure at one and at ten times the data, and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure, print a Markdown table and keep it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--scales", type=int, nargs="+", default=[1, 10], help="multiples of the data")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of which the best counts")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
+    parser.add_argument("--only", choices=("online", "history", "materialise"), help="measure this alone")
     options = parser.parse_args()
-    show(("what", "data", "contender", "figure"))
-    show(("---",) * 4)
-    for row in chain(measure_online(), *(measure(scale, options.repeats) for scale in options.scales)):
+    connect()
+    lines = [HEAD, ("---",) * len(HEAD)]
+    for line in lines:
+        show(line)
+    for row in chain.from_iterable(measure(scale, options.repeats, options.only) for scale in options.scales):
         show(row)
+        lines.append(row)
+    target = find_root() / "build" / "benchmarks" / "features.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("".join(f"| {' | '.join(cells)} |\n" for cells in lines))
+
+
+def measure(scale: int, repeats: int, only: str | None) -> Iterator[Row]:
+    """Measure everything at one multiple of the data; online reads do not grow with it."""
+    versions = make_versions(scale)
+    with scratch(versions) as (ours, stock, folder):
+        if only in {None, "online"} and scale == 1:
+            yield from measure_online(ours, stock, versions)
+        if only in {None, "history"}:
+            yield from measure_history(ours, stock, versions, folder, repeats)
+        if only in {None, "materialise"}:
+            yield from measure_loads(ours, stock, versions, repeats)
 
 
 def show(cells: Sequence[str]) -> None:
@@ -59,29 +90,27 @@ def show(cells: Sequence[str]) -> None:
     sys.stdout.flush()
 
 
-def measure(scale: int, repeats: int) -> Iterator[Row]:
-    """Time retrieval and materialising at one scale."""
-    versions = make_versions(scale)
-    entity_df = versions[["user_id", "event_timestamp"]]
-    size = f"{len(versions):,} rows"
-    with scratch(versions) as (ours, stock, folder):
-        lookups: dict[str, Callable[[], object]] = {
-            "ours": lambda: features.point_in_time(ours, entity_df),
-            "Feast's file store, files on disk": lambda: features.point_in_time(stock, entity_df),
-            "hand-written window": lambda: by_hand(entity_df, folder, WINDOW),
-        }
-        if scale == 1:  # takes minutes at 10 times the data, see docs/decisions
-            lookups["hand-written ASOF JOIN"] = lambda: by_hand(entity_df, folder, ASOF)
-        for name, run in lookups.items():
-            yield rate("history", size, name, run, len(versions), repeats)
+def take_turns(what: str, size: str, rows: int, runs: Mapping[str, Callable[[], float]], repeats: int) -> Iterator[Row]:
+    """Let the contenders run one after the other, several times; give each one's median and its ratio to the floor."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds[name].append(run())
+    floor = statistics.median(seconds[FLOOR])
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        spread = f"{min(times):.3f} to {max(times):.3f} s"
+        yield what, size, name, f"{median:.3f} s", spread, f"{rows / median:,.0f} rows/s", f"{floor / median:.2f}"
 
-        users = versions.loc[versions["event_timestamp"] <= features.MATERIALISE_END, "user_id"].nunique()
-        loads = {"ours": ours, "Feast's stock settings, files on disk": stock}
-        for name, store in loads.items():
-            best = min(first_load(store) for _ in range(repeats))
-            yield figure("materialise", size, f"{name}, first load", users * 3, best)
-            yield rate("materialise", size, f"{name}, again", partial(load, store), users * 3, repeats)
-        yield rate("materialise", size, "bare pipelined HSET", lambda: bare_writes(versions), users * 3, repeats)
+
+def timed(run: Callable[[], object]) -> float:
+    """Give the seconds a call takes."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+# The data
 
 
 def make_versions(scale: int) -> pd.DataFrame:
@@ -131,12 +160,10 @@ def copy_repo(temporary: Path, project: str, folder: str, kind: str) -> FeatureS
     return features.apply(repo)
 
 
-ASOF = """
-    SELECT {columns} FROM asked ASOF LEFT JOIN read_parquet('{uri}') AS known
-    ON asked.user_id = known.user_id AND asked.moment >= known.event_timestamp ORDER BY asked.place
-"""
+# History
+
 WINDOW = """
-    SELECT {columns} FROM (
+    SELECT {values} FROM (
         SELECT place, last_value(known IGNORE NULLS) OVER (
             PARTITION BY user_id ORDER BY moment, place NULLS FIRST ROWS UNBOUNDED PRECEDING) AS known
         FROM (SELECT user_id, event_timestamp AS moment, NULL AS place, struct_pack({columns}) AS known
@@ -145,7 +172,7 @@ WINDOW = """
 """
 
 
-def by_hand(entity_df: pd.DataFrame, folder: str, query: str) -> pd.DataFrame:
+def by_hand(entity_df: pd.DataFrame, folder: str) -> pd.DataFrame:
     """Join the three files as somebody would who needs only that: no ttl, no checks of files, names or types."""
     asked = pa.Table.from_pandas(entity_df.rename(columns={"event_timestamp": "moment"}), preserve_index=False)
     asked = asked.append_column("place", pa.array(range(len(asked))))
@@ -153,12 +180,59 @@ def by_hand(entity_df: pd.DataFrame, folder: str, query: str) -> pd.DataFrame:
     with connection() as duck:
         duck.register("asked", asked)
         for view, names in history.VIEWS.items():
-            columns = ", ".join(names)
-            text = query.format(columns=columns, uri=f"{folder}/{view}.parquet")
-            if query is WINDOW:
-                text = text.replace(f"SELECT {columns}", f"SELECT {', '.join(f'known.{name}' for name in names)}", 1)
+            values = ", ".join(f"known.{name}" for name in names)
+            text = WINDOW.format(columns=", ".join(names), values=values, uri=f"{folder}/{view}.parquet")
             answers.append(duck.sql(text).to_arrow_table().to_pandas())
     return pd.concat(answers, axis=1)
+
+
+def measure_history(
+    ours: FeatureStore, stock: FeatureStore, versions: pd.DataFrame, folder: str, repeats: int
+) -> Iterator[Row]:
+    """Ask for every row that there is, which gives the versions back."""
+    asked = versions[["user_id", "event_timestamp"]]
+    ways: dict[str, Callable[[], pd.DataFrame]] = {
+        OURS: lambda: features.point_in_time(ours, asked),
+        FLOOR: lambda: by_hand(asked, folder),
+    }
+    if len(versions) < 10**6:  # Feast's file store takes minutes then, and its order and its rows are others
+        ways[FEAST] = lambda: features.point_in_time(stock, asked)
+    for name in (OURS, FLOOR):
+        pd.testing.assert_frame_equal(ways[name]()[list(versions.columns)], versions, check_dtype=False)
+    size = f"{len(versions):,} rows"
+    runs = {name: (lambda run=run: timed(run)) for name, run in ways.items()}
+    yield from take_turns("history; floor: hand-written window", size, len(versions), runs, repeats)
+    needed = pa.Table.from_pandas(versions).nbytes * 2 + pa.Table.from_pandas(asked).nbytes
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        peak = pool.apply(peak_of_history, (str(ours.repo_path), asked))
+    megabytes = f"{peak / 2**20:,.0f} MiB"
+    yield (
+        "history, peak memory",
+        size,
+        OURS,
+        megabytes,
+        "",
+        "",
+        f"{peak / needed:.2f} x question, files, answer in Arrow",
+    )
+
+
+def peak_of_history(repo: str, asked: pd.DataFrame) -> int:
+    """Ask in a process of its own; give the memory that it takes beyond what it has before, in bytes."""
+    store = features.open_store(Path(repo))
+    features.point_in_time(store, asked.head(10))
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    Path("/proc/self/clear_refs").write_text("5")  # counts the peak from here on
+    before = status("VmRSS")
+    features.point_in_time(store, asked)
+    return status("VmHWM") - before
+
+
+# Materialising
 
 
 def load(store: FeatureStore) -> None:
@@ -167,80 +241,188 @@ def load(store: FeatureStore) -> None:
         store.materialize(history.WINDOW_START.to_pydatetime(), features.MATERIALISE_END.to_pydatetime())
 
 
-def first_load(store: FeatureStore) -> float:
-    """Time materialising into an online store that holds nothing of this project."""
+def measure_loads(ours: FeatureStore, stock: FeatureStore, versions: pd.DataFrame, repeats: int) -> Iterator[Row]:
+    """Load an empty store, then load the same again; the floor writes the same bytes with nothing but redis-py."""
+    users = versions.loc[versions["event_timestamp"] <= features.MATERIALISE_END, "user_id"].nunique()
+    size = f"{users * 3:,} rows"
+    stores = {OURS: ours, FEAST: stock}
     with redis_client() as client:
-        project = store.project.encode()
-        mine = [key for key in client.scan_iter(count=10_000) if key.endswith(project)]
-        for start in range(0, len(mine), 10_000):
-            client.unlink(*mine[start : start + 10_000])
-    return timed(lambda: load(store))
+        for store in stores.values():
+            load(store)
+        stored = hashes(client, ours.project)
+        assert stored == hashes(client, stock.project), "ours and Feast's stock parts stored other bytes"
+        assert len(stored) == users
+        commands = [(key + b"benchmark", fields) for key, whole in stored.items() for fields in by_view(whole)]
 
+        def bare() -> float:
+            client.unlink(*[key for key, _ in commands]) if len(commands) < 10**5 else remove(client, "benchmark")
+            return timed(lambda: write_bare(client, commands))
 
-def bare_writes(versions: pd.DataFrame) -> None:
-    """Write as many keys and values of the same sizes with nothing but redis-py."""
-    users = versions["user_id"].unique()
-    with redis_client() as client:
-        for names in history.VIEWS.values():
-            values = [part for name in names for part in (name[:4], b"0123456789ab")]
-            for start in range(0, len(users), 10_000):
-                pipeline = client.pipeline(transaction=False)
-                for user in users[start : start + 10_000]:
-                    pipeline.execute_command("HSET", f"benchmark-bare-{user}", "_ts:view", b"0123456789", *values)
-                pipeline.execute()
-        keys = [f"benchmark-bare-{user}" for user in users]
-        for start in range(0, len(keys), 10_000):
-            client.unlink(*keys[start : start + 10_000])
+        def first(store: FeatureStore) -> float:
+            remove(client, store.project)
+            return timed(lambda: load(store))
 
-
-def measure_online() -> Iterator[Row]:
-    """Time reading eight features of 1 and of 100 users, one after another."""
-    store = features.open_store()
-    store.config.mlflow.enabled = False
-    service = store.get_feature_service(feature_client.SERVICE)
-    frame = read_income(find_root() / "data" / "income_data.csv")
-    users = history.build_history(frame)["user_id"].drop_duplicates().tolist()
-    session = requests.Session()
-    session.headers["Authorization"] = f"Bearer {os.environ.get('FEATURE_SERVER_TOKEN', '')}"
-    url = f"{os.environ['FEATURE_SERVER_URL']}/get-online-features"
-    with redis_client() as client:
-
-        def bare(asked: list[str]) -> None:
-            pipeline = client.pipeline(transaction=False)
-            for user in asked:
-                pipeline.hmget(f"benchmark-none-{user}", [f"field{place}" for place in range(11)])
-            pipeline.execute()
-
-        ways: dict[str, Callable[[list[str]], Any]] = {
-            "SDK": lambda asked: store.get_online_features(service, [{"user_id": user} for user in asked]).to_dict(),
-            "HTTP": lambda asked: session.post(
-                url, json={"feature_service": feature_client.SERVICE, "entities": {"user_id": asked}}, timeout=30
-            ).raise_for_status(),
-            "bare HMGET": bare,
+        runs: dict[str, Callable[[], float]] = {
+            f"{name}, first load": (lambda store=store: first(store)) for name, store in stores.items()
         }
-        for count, calls in ((1, 500), (100, 100)):
-            for name, read in ways.items():
-                read(users[:count])
-                times = sorted(timed(partial(read, users[at : at + count])) for at in range(calls))
-                p50, p99 = statistics.median(times) * 1000, times[int(len(times) * 0.99)] * 1000
-                yield "online read", f"{count} users", name, f"p50 {p50:.2f} ms, p99 {p99:.2f} ms"
+        runs |= {
+            f"{name}, nothing newer": (lambda store=store: timed(lambda: load(store))) for name, store in stores.items()
+        }
+        runs = {name: runs[name] for name in sorted(runs, key=lambda name: name.endswith("newer"))}
+        if len(versions) >= 10**6:
+            runs = {name: run for name, run in runs.items() if name.startswith(OURS)}
+        runs[FLOOR] = bare
+        yield from take_turns("materialise three views; floor: pipelined HSET", size, users * 3, runs, repeats)
+        remove(client, "benchmark")
 
 
-def rate(what: str, size: str, name: str, run: Callable[[], object], rows: int, repeats: int) -> Row:
-    """Time a run several times and keep the best."""
-    return figure(what, size, name, rows, min(timed(run) for _ in range(repeats)))
+def hashes(client: redis.Redis, project: str) -> dict[bytes, dict[bytes, bytes]]:
+    """Read everything that a project stored, by key without the project."""
+    end = project.encode()
+    keys = [key for key in client.scan_iter(count=10_000) if key.endswith(end)]
+    found: dict[bytes, dict[bytes, bytes]] = {}
+    for start in range(0, len(keys), 10_000):
+        pipeline = client.pipeline(transaction=False)
+        some = keys[start : start + 10_000]
+        for key in some:
+            pipeline.hgetall(key)
+        found |= {key.removesuffix(end): fields for key, fields in zip(some, pipeline.execute(), strict=True)}
+    return found
 
 
-def figure(what: str, size: str, name: str, rows: int, seconds: float) -> Row:
-    """Put a time as rows per second."""
-    return what, size, name, f"{rows / seconds:,.0f} rows/s ({seconds:.2f} s)"
+def by_view(fields: Mapping[bytes, bytes]) -> Iterator[list[bytes]]:
+    """Divide a key's fields by view, since views are loaded one after another."""
+    for view, names in history.VIEWS.items():
+        wanted = [f"_ts:{view}".encode(), *(_mmh3(f"{view}:{name}") for name in names)]
+        yield [part for name in wanted for part in (name, fields[name])]
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Give the seconds a call takes."""
+def write_bare(client: redis.Redis, commands: Sequence[tuple[bytes, list[bytes]]]) -> None:
+    """Write prepared keys and fields."""
+    for start in range(0, len(commands), 10_000):
+        pipeline = client.pipeline(transaction=False)
+        for key, fields in commands[start : start + 10_000]:
+            pipeline.execute_command("HSET", key, *fields)
+        pipeline.execute()
+
+
+def remove(client: redis.Redis, project: str) -> None:
+    """Delete what a project stored."""
+    mine = [key for key in client.scan_iter(count=10_000) if key.endswith(project.encode())]
+    for start in range(0, len(mine), 10_000):
+        client.unlink(*mine[start : start + 10_000])
+
+
+# Online
+
+
+def measure_online(ours: FeatureStore, stock: FeatureStore, versions: pd.DataFrame) -> Iterator[Row]:
+    """Read eight features of 1 and of 100 users: with the SDK, and over HTTP with a token."""
+    load(ours)
+    load(stock)
+    users = versions.loc[versions["event_timestamp"] <= features.MATERIALISE_END, "user_id"].drop_duplicates().tolist()
+    with redis_client() as client:
+        yield from measure_sdk(ours, stock, client, users)
+    token = secrets.token_urlsafe(16)
+    feast = str(Path(sys.executable).parent / "feast")
+    commands = {
+        OURS: [sys.executable, "-m", "mlplatform_ops.feast_servers.feature_server", "--repo", str(ours.repo_path)],
+        FEAST: [feast, "--chdir", str(stock.repo_path), "serve", "--no-access-log", "--workers", "1"],
+    }
+    # Feast orders a view's features by a set, so by a seed that each process draws for itself.
+    os.environ.update(FEATURE_SERVER_TOKEN=token, PYTHONHASHSEED="0")
+    with ExitStack() as stack:
+        ports = {name: stack.enter_context(running(command, "/health"))[1] for name, command in commands.items()}
+        bodies = {name: ask(port, users[:1], token) for name, port in ports.items()}
+        many = {name: ask(port, users[:100], token) for name, port in ports.items()}
+        assert bodies[OURS] == bodies[FEAST], "the JSON is not Feast's"
+        assert many[OURS] == many[FEAST], "the JSON is not Feast's"
+        for count, clients, calls in ((1, 1, 1_000), (1, 10, 3_000), (100, 1, 200)):
+            for name, port in ports.items():
+                yield asyncio.run(load_http(name, port, token, users[:count], clients, calls))
+
+
+def ask(port: int, users: Sequence[str], token: str) -> bytes:
+    """Ask until the features are loaded; give the body."""
+    for _ in range(120):
+        answer = requests.post(
+            f"http://127.0.0.1:{port}/get-online-features",
+            json=question(users),
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=30,
+        )
+        if answer.ok:
+            return answer.content
+        time.sleep(0.5)
+    sys.exit(f"no answer: {answer.text}")
+
+
+def question(users: Sequence[str]) -> dict[str, Any]:
+    """Ask about some users by the feature service."""
+    return {"feature_service": feature_client.SERVICE, "entities": {"user_id": list(users)}}
+
+
+async def load_http(name: str, port: int, token: str, users: list[str], clients: int, calls: int) -> Row:
+    """Let some clients ask at once, each over one connection."""
+    request = encode(port, "/get-online-features", question(users), token)
+    statuses: Counter[int] = Counter()
+    await http_client(port, request, [], statuses, count=20)
+    seconds: list[float] = []
     started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    each = calls // clients
+    await asyncio.gather(*(http_client(port, request, seconds, statuses, count=each) for _ in range(clients)))
+    wall = time.perf_counter() - started
+    assert set(statuses) == {200}, statuses
+    p50, p99 = statistics.median(seconds) * 1000, statistics.quantiles(seconds, n=100)[98] * 1000
+    size = f"{len(users)} users, {clients} clients"
+    return (
+        "online, HTTP",
+        size,
+        name,
+        f"{p50:.2f} ms",
+        f"p99 {p99:.2f} ms",
+        f"{len(seconds) / wall:,.0f} requests/s",
+        "",
+    )
+
+
+def measure_sdk(ours: FeatureStore, stock: FeatureStore, client: redis.Redis, users: list[str]) -> Iterator[Row]:
+    """Read with the SDK; the floor sends the same `HMGET` and looks at nothing."""
+    services = {
+        name: store.get_feature_service(feature_client.SERVICE) for name, store in ((OURS, ours), (FEAST, stock))
+    }
+    fields: list[Any] = [f"_ts:{view}" for view in history.VIEWS]
+    fields += [_mmh3(f"{view}:{name}") for view, names in history.VIEWS.items() for name in names]
+    project = ours.project.encode()
+    keys = {key.removesuffix(project)[-36:].decode(): key for key in client.scan_iter() if key.endswith(project)}
+
+    def bare(asked: list[str]) -> None:
+        pipeline = client.pipeline(transaction=False)
+        for user in asked:
+            pipeline.hmget(keys[user], fields)
+        pipeline.execute()
+
+    def sdk(store: FeatureStore, name: str) -> Callable[[list[str]], Any]:
+        return lambda asked: store.get_online_features(services[name], [{"user_id": user} for user in asked]).to_dict(
+            True
+        )
+
+    ways: dict[str, Callable[[list[str]], Any]] = {OURS: sdk(ours, OURS), FEAST: sdk(stock, FEAST), FLOOR: bare}
+    for count, calls in ((1, 1_000), (100, 100)):
+        assert ways[OURS](users[:count]) == ways[FEAST](users[:count]), "the SDK's answers differ"
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        # In turns of some calls: Feast keeps what it knows of one registry, and forgets it when another is asked.
+        for turn, (name, read) in product(range(10), ways.items()):
+            read(users[:count])
+            for at in range(turn * calls // 10, (turn + 1) * calls // 10):
+                seconds[name].append(timed(partial(read, users[at : at + count])))
+        floor = statistics.median(seconds[FLOOR])
+        for name, times in seconds.items():
+            p50, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]
+            yield (
+                "online, SDK; floor: HMGET", f"{count} users", name, f"{p50 * 1000:.3f} ms", f"p99 {p99 * 1000:.2f} ms",
+                f"{count / p50:,.0f} users/s", f"{p50 / floor:.1f} x its time",
+            )  # fmt: skip
 
 
 def redis_client() -> redis.Redis:

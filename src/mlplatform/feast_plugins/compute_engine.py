@@ -195,12 +195,23 @@ def _timestamps(times: pa.Array) -> list[Timestamp]:
     return [Timestamp(seconds=moment // 1_000_000, nanos=moment % 1_000_000 * 1_000) for moment in moments]
 
 
+# Feast's own way goes through numpy, whose lists of maps and times it does not take.
+_NOT_FROM_NUMPY = {ValueType.MAP_LIST, ValueType.ZONED_TIMESTAMP}
+
+
+def _native(value: Any, kind: pa.DataType) -> Any:
+    """Make dictionaries of maps, which Arrow gives as pairs."""
+    if value is not None and pa.types.is_map(kind):
+        return dict(value)
+    return [_native(item, kind.value_type) for item in value] if value is not None and pa.types.is_list(kind) else value
+
+
 def _serialised(name: str, kind: ValueType, batch: pa.RecordBatch) -> list[bytes]:
     """Serialise a column, plain types each distinct value once; a null becomes an empty message, Feast's null."""
     if kind not in ARROW_TYPES:
         column = batch.column(name)
-        if pa.types.is_map(column.type):  # Arrow gives pairs, and Feast wants a dictionary
-            values = [None if pairs is None else dict(pairs) for pairs in column.to_pylist()]
+        if pa.types.is_map(column.type) or kind in _NOT_FROM_NUMPY:
+            values = [_native(value, column.type) for value in column.to_pylist()]
             return [value.SerializeToString() for value in python_values_to_proto_values(values, kind)]
         return [value.SerializeToString() for value in _columns_to_proto_values(batch, [(name, kind)])[name]]
     encoded = pa.compute.dictionary_encode(batch.column(name), null_encoding="encode")

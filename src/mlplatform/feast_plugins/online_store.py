@@ -10,22 +10,28 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta
 from itertools import groupby
 from typing import Any
 
-from feast import Entity, FeatureView, RepoConfig
+from feast import Entity, FeatureService, FeatureView, RepoConfig
 from feast.infra.online_stores.helpers import _mmh3, _redis_key, compute_versioned_name
 from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig, RedisType
+from feast.infra.registry.base_registry import BaseRegistry
+from feast.online_response import OnlineResponse
 from feast.utils import make_tzaware
 from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]
 from pydantic import StrictStr
 
+from mlplatform.feast_plugins.online_read import OnlinePlans, ids_of
 from mlplatform.feast_plugins.registry_store import after_commit
 
 _LOG = logging.getLogger(__name__)
 # Rows per call of the script: the server answers nobody else meanwhile, so a call stays below a few milliseconds.
 ROWS_PER_CALL = 250
+# Rows per round trip.
+ROWS_PER_BATCH = 2_500
 
 # Stored times are protobuf messages: tag 8, seconds as a varint; tag 16, nanoseconds.
 _WRITE_IF_NEWER = """
@@ -59,18 +65,17 @@ local function is_later(new, old)
   return new_s > old_s or (new_s == old_s and new_n > old_n)
 end
 local count, expires = tonumber(ARGV[1]), ARGV[2] == '1'
-local names = {}
-for i = 1, count do names[i] = ARGV[2 + i] end
+local names, pairs = {}, {}
+for i = 1, count do
+  names[i] = ARGV[2 + i]
+  pairs[2 * i - 1] = names[i]
+end
 local at, changed = 3 + count, 0
 for _, key in ipairs(KEYS) do
   local time = ARGV[at + 1]
   local old = redis.call('HGET', key, names[1])
   if not old or is_later(time, old) then
-    local pairs = {}
-    for i = 1, count do
-      pairs[2 * i - 1] = names[i]
-      pairs[2 * i] = ARGV[at + i]
-    end
+    for i = 1, count do pairs[2 * i] = ARGV[at + i] end
     redis.call('HSET', key, unpack(pairs))
     if expires then redis.call('HPEXPIREAT', key, ARGV[at], 'FIELDS', count, unpack(names)) end
     changed = changed + 1
@@ -96,6 +101,39 @@ class ExpiringRedisOnlineStore(RedisOnlineStore):
     """Never replaces a later value by an earlier one, and lets values expire by their view's ttl."""
 
     _can_expire: bool | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._plans = OnlinePlans()
+
+    def get_online_features(
+        self,
+        config: RepoConfig,
+        features: list[str] | FeatureService,
+        entity_rows: Any,
+        registry: BaseRegistry,
+        project: str,
+        full_feature_names: bool = False,
+        include_feature_view_version_metadata: bool = False,
+    ) -> OnlineResponse:
+        """Read plain views in one round trip, and everything else as Feast does."""
+        asked = (config, features, entity_rows, registry, project, full_feature_names)
+        found = None if include_feature_view_version_metadata else self.read_plain(*asked)
+        return found or super().get_online_features(*asked, include_feature_view_version_metadata)
+
+    def read_plain(
+        self,
+        config: RepoConfig,
+        features: list[str] | FeatureService,
+        entity_rows: Any,
+        registry: BaseRegistry,
+        project: str,
+        full_feature_names: bool,
+    ) -> OnlineResponse | None:
+        """Read features in one round trip, or say `None` where Feast's own code must."""
+        plan = self._plans.plan(config, features, registry, project, full_feature_names)
+        ids = ids_of(entity_rows, plan.key) if plan else None
+        return plan.read(self._get_client(config.online_store), ids) if plan and ids else None
 
     def online_write_batch(
         self, config: RepoConfig, table: FeatureView, data: list[Any], progress: Callable[[int], Any] | None
@@ -149,15 +187,20 @@ class ExpiringRedisOnlineStore(RedisOnlineStore):
         ttl: timedelta = getattr(view, "ttl", None) or timedelta(0)
         expires = bool(ttl) and config.online_store.expire_online and self._expires_fields(client)
         script = client.register_script(_WRITE_IF_NEWER)
-        pipeline = client.pipeline(transaction=False)
         everything = list(zip(keys, moments, values, strict=True))
-        for start in range(0, len(everything), ROWS_PER_CALL):
-            rows = everything[start : start + ROWS_PER_CALL]
-            arguments: list[Any] = [len(fields), int(expires), *fields]
-            for _, moment, row in rows:
-                arguments += [_expiry(moment, ttl) if expires else 0, moment.SerializeToString(), *row]
-            script(keys=[key for key, _, _ in rows], args=arguments, client=pipeline)
-        return sum(pipeline.execute())
+        sent: list[Future[list[int]]] = []
+        # The server stores one batch while the next is made.
+        with ThreadPoolExecutor(1) as sender:
+            for batch in range(0, len(everything), ROWS_PER_BATCH):
+                pipeline = client.pipeline(transaction=False)
+                for start in range(batch, min(batch + ROWS_PER_BATCH, len(everything)), ROWS_PER_CALL):
+                    rows = everything[start : start + ROWS_PER_CALL]
+                    arguments: list[Any] = [len(fields), int(expires), *fields]
+                    for _, moment, row in rows:
+                        arguments += (_expiry(moment, ttl) if expires else 0, moment.SerializeToString(), *row)
+                    script(keys=[key for key, _, _ in rows], args=arguments, client=pipeline)
+                sent.append(sender.submit(pipeline.execute))
+        return sum(changed for answers in sent for changed in answers.result())
 
     def update(
         self,

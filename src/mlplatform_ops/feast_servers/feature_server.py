@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -86,6 +87,28 @@ class StoreWatcher:
                 print(said, flush=True)
             self._said = said
 
+    def read_plain(self, question: Mapping[str, Any]) -> JSONResponse | None:
+        """Answer a question about plain views as Feast does, byte for byte, without the layers before its store.
+
+        Returns:
+            The answer; `None` where Feast must give it, errors included.
+        """
+        from feast.feature_server_utils import convert_response_to_dict
+
+        service, full_names = question.get("feature_service"), question.get("full_feature_names", False)
+        known = {"entities", "features", "feature_service", "full_feature_names"}
+        if not known.issuperset(question) or type(full_names) is not bool or not isinstance(service, str | None):
+            return None
+        try:
+            store = self._store
+            features = store.get_feature_service(service, allow_cache=True) if service else question["features"]
+            read = store._get_provider().online_store.read_plain
+            found = read(store.config, features, question["entities"], store.registry, store.project, full_names)
+            return JSONResponse(convert_response_to_dict(found.proto)) if found else None
+        except Exception:
+            # Feast then meets the same, and says so in its own words.
+            return None
+
     def watch(self) -> None:
         """Look again and again."""
         while True:
@@ -115,11 +138,16 @@ class OnlineFeatures:
             raise HTTPException(503, WAITING if self._watcher.ready else NOT_LOADED)
         body = await read_body(request, limit_bytes=LIMIT_BYTES)
         try:
-            problem = problem_of(json.loads(body), self._watcher.join_keys)
+            question = json.loads(body)
+            problem = problem_of(question, self._watcher.join_keys)
         except (ValueError, RecursionError):
             problem = "the body is not JSON"
         if problem:
             raise HTTPException(422, problem)
+        # Redis is asked in a thread, so that one that hangs keeps nobody else waiting.
+        if answer := await run_in_threadpool(self._watcher.read_plain, question):
+            await answer(scope, receive, send)
+            return
         await self._watcher.app(scope, replay(body, receive), send)
 
 

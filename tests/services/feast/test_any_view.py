@@ -1,13 +1,16 @@
 """What Feast promises, asked of three stores: ours on the object store and on local files, and stock DuckDB.
 
-What stock answers and ours does not stands in DIFFERENCES, with its reason.
+What stock answers and ours does not stands in DIFFERENCES, with its reason. Everything else is answered alike: the
+tests with the fixture `shop` ask all three stores for one answer, and one test asks for every type of value.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
 from decimal import Decimal
+from pathlib import Path
 from types import FunctionType
+from uuid import UUID
 
 import pandas as pd
 import pyarrow as pa
@@ -17,8 +20,31 @@ from feast.data_source import PushMode
 from feast.errors import SavedDatasetLocationAlreadyExists
 from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
 from feast.on_demand_feature_view import on_demand_feature_view
-from feast.types import Array, Bool, Bytes, Float32, Float64, Int32, Int64, Map, String, UnixTimestamp
+from feast.types import (
+    Array,
+    Bool,
+    Bytes,
+    Float32,
+    Float64,
+    ImageBytes,
+    Int32,
+    Int64,
+    Json,
+    Map,
+    PdfBytes,
+    ScalarMap,
+    Set,
+    String,
+    Struct,
+    TimeUuid,
+    UnixTimestamp,
+    Uuid,
+    ZonedTimestamp,
+)
+from feast.types import Decimal as DecimalType
 from shop import FEBRUARY, JANUARY, MARCH, Shop, plain
+
+from mlplatform.settings import Settings
 
 DIFFERENCES = {
     "Delta tables": "reading overwritten versions as data is what a plain parquet reader does; refused by name",
@@ -162,6 +188,77 @@ def test_every_type_comes_back_the_same_from_history_and_online(shop: Shop, kind
     assert (list(found) if isinstance(value, list) else found) == value
     shop.materialise()
     assert shop.online(["v:x"], {"user_id": "a"})["x"] == [value]
+
+
+TIME = pa.timestamp("us", "UTC")
+# Each type of Feast's beside a full, a missing and an empty value.
+COLUMNS = {
+    "text": (String, pa.array(["x", None, ""])),
+    "bytes": (Bytes, pa.array([b"x", None, b""])),
+    "image": (ImageBytes, pa.array([b"x", None, b""])),
+    "pdf": (PdfBytes, pa.array([b"x", None, b""])),
+    "bool": (Bool, pa.array([True, None, False])),
+    "int32": (Int32, pa.array([1, None, 0], pa.int32())),
+    "int64": (Int64, pa.array([2**62, None, 0])),
+    "float": (Float32, pa.array([1.5, None, 0], pa.float32())),
+    "double": (Float64, pa.array([0.1, None, 0])),
+    "time": (UnixTimestamp, pa.array([JANUARY, None, FEBRUARY], TIME)),
+    "zoned time": (ZonedTimestamp, pa.array([JANUARY, None, FEBRUARY], TIME)),
+    "decimal": (DecimalType, pa.array([Decimal("1.25"), None, Decimal(3)])),
+    "uuid": (Uuid, pa.array([str(UUID(int=5)), None, str(UUID(int=6))])),
+    "time uuid": (TimeUuid, pa.array(["58e0a7d7-eebc-11d8-9669-0800200c9a66", None, None])),
+    "json": (Json, pa.array(['{"a": [1, 2]}', None, "3"])),
+    "texts": (Array(String), pa.array([["a", "b"], None, []])),
+    "many bytes": (Array(Bytes), pa.array([[b"x"], None, []])),
+    "bools": (Array(Bool), pa.array([[True, False], None, []])),
+    "int32s": (Array(Int32), pa.array([[1], None, []], pa.list_(pa.int32()))),
+    "floats": (Array(Float32), pa.array([[1.5], None, []], pa.list_(pa.float32()))),
+    "times": (Array(UnixTimestamp), pa.array([[JANUARY], None, []], pa.list_(TIME))),
+    "jsons": (Array(Json), pa.array([['{"a": 1}'], None, []])),
+    "lists": (Array(Array(Int64)), pa.array([[[1, 2], [3]], None, []])),
+    "set of texts": (Set(String), pa.array([["a", "b"], None, []])),
+    "set of ints": (Set(Int64), pa.array([[1, 2], None, []])),
+    "struct": (Struct({"a": String, "b": Int64}), pa.array([{"a": "x", "b": 1}, None, {"a": None, "b": None}])),
+    "structs": (Array(Struct({"a": String})), pa.array([[{"a": "x"}], None, []])),
+    "map": (Map, pa.array([[("a", "x")], None, []], pa.map_(pa.string(), pa.string()))),
+    "map of ints": (Map, pa.array([[("a", 1)], None, []], pa.map_(pa.string(), pa.int64()))),
+    "maps": (Array(Map), pa.array([[[("a", "x")]], None, []], pa.list_(pa.map_(pa.string(), pa.string())))),
+    "map by int": (ScalarMap, pa.array([[(1, "x")], None, []], pa.map_(pa.int64(), pa.string()))),
+}
+# What Feast's engine cannot store, and ours can.
+OURS_ALONE = {"map", "map of ints", "maps", "map by int", "zoned time"}
+
+
+def test_every_type_is_answered_as_stock_answers_it(platform: Settings, tmp_path: Path):
+    """The list of differences names no type, so each is answered like stock, or where stock fails."""
+    answers = {}
+    for kind in ("stock DuckDB", "ours on local files"):
+        shop = Shop(kind, tmp_path / kind, platform)
+        (tmp_path / kind).mkdir()
+        at = pa.array([JANUARY] * 3, TIME)
+        views = {
+            name: view(
+                shop, f"v{place}", pa.table({"user_id": ["a", "b", "c"], "at": at, "x": column}), {"x": dtype}, [ANN]
+            )
+            for place, (name, (dtype, column)) in enumerate(COLUMNS.items())
+        }
+        shop.store.apply([ANN, *views.values()])
+        users = ["a", "b", "c", "z"]
+        for name, made in views.items():
+            asked = {"user_id": users, "event_timestamp": [MARCH] * 4}
+            history = shop.ask([f"{made.name}:x"], asked).set_index("user_id").loc[users]["x"]
+            try:
+                shop.store.materialize(JANUARY.to_pydatetime(), MARCH.to_pydatetime(), [made.name])
+                online = repr(shop.online([f"{made.name}:x"], *({"user_id": user} for user in users))["x"])
+            except (TypeError, pa.ArrowException):
+                online = "refused"
+            answers[kind, name] = str(history.dtype), repr(history.tolist()), online
+    stock_fails = {name for name in COLUMNS if answers["stock DuckDB", name][2] == "refused"}
+    assert stock_fails == OURS_ALONE
+    for name in COLUMNS:
+        stock, ours = answers["stock DuckDB", name], answers["ours on local files", name]
+        assert ours[:2] == stock[:2], name
+        assert ours[2] == stock[2] if name not in stock_fails else ours[2] != "refused", name
 
 
 def test_on_demand_views_over_history_and_online(shop: Shop):

@@ -14,17 +14,19 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import pandas as pd
 import pytest
 import redis
-from feast import Entity, FeatureView, Field, ValueType
-from feast.infra.online_stores.redis import RedisOnlineStoreConfig
-from feast.types import Int64
+from feast import Entity, FeatureService, FeatureView, Field, ValueType
+from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig
+from feast.types import Array, Float64, Int64, String
 from shop import Shop, scratch_repository
 
 from mlplatform import features
 from mlplatform.feast_plugins.online_store import ExpiringRedisOnlineStore
 from mlplatform.settings import Settings
+from mlplatform_ops.feast_servers.feature_server import StoreWatcher, create_app
 
 USER = Entity(name="user", join_keys=["user_id"], value_type=ValueType.STRING)
 NOW = pd.Timestamp.now("UTC").floor("us")
@@ -229,3 +231,98 @@ def test_the_asynchronous_way_decides_alike(platform: Settings, tmp_path: Path):
         asyncio.run(shop.store.write_to_online_store_async("v", frame))
     assert read(shop, "u") == [1]
     assert isinstance(shop.store._get_provider().online_store, ExpiringRedisOnlineStore)
+
+
+# Plain views are read in one round trip
+
+
+def test_plain_views_are_read_as_feasts_own_code_reads_them(platform: Settings, tmp_path: Path):
+    shop = Shop("ours on local files", tmp_path, platform)
+    moments = [NOW, pd.Timestamp("1969-12-31T23:59:58.5Z"), pd.Timestamp("2023-05-01T00:00:00.000001Z")]
+    data = pd.DataFrame({"user_id": ["a", "b", "ü" * 100], "at": moments, "n": [2**40, None, -1]})
+    data = data.astype({"n": "Int64"}).assign(t=["x" * 200, "", None], w=[[1.5], [], [2.0, 3.0]])
+    fields = {"numbers": {"n": Int64}, "texts": {"t": String, "w": Array(Float64)}}
+    views = [
+        FeatureView(
+            name=name,
+            entities=[USER],
+            schema=[Field(name=field, dtype=kind) for field, kind in kinds.items()],
+            source=shop.source(name, data[["user_id", "at", *kinds]]),
+        )
+        for name, kinds in fields.items()
+    ]
+    shop.store.apply([USER, *views, FeatureService(name="all", features=views)])
+    shop.store.materialize(datetime(1960, 1, 1, tzinfo=UTC), datetime.now(UTC) + timedelta(days=1))
+    online, registry = shop.store._get_provider().online_store, shop.store.registry
+    for asked in (["texts:t"], ["texts:w", "numbers:n"], shop.store.get_feature_service("all")):
+        for ids in (["a"], ["b", "nobody", "ü" * 100, "b", ""]):
+            for full_names in (False, True):
+                question = (shop.config, asked, {"user_id": ids}, registry, shop.project, full_names)
+                found = online.read_plain(*question)
+                own = RedisOnlineStore.get_online_features(online, *question)
+                assert found.proto == own.proto
+                assert found.to_dict(True) == own.to_dict(True)
+    for rows in ({"user_id": [1]}, {"user_id": ["a"], "n": [1]}, [{"user_id": None}], {"user_id": []}, [{"n": 1}]):
+        assert online.read_plain(shop.config, ["texts:t"], rows, registry, shop.project, False) is None
+
+
+def test_the_feature_servers_short_way_gives_the_bytes_that_feasts_app_gives(platform: Settings, tmp_path: Path):
+    repo = scratch_repository(tmp_path)
+    rows = pd.DataFrame({"user_id": ["ann"], "event_timestamp": NOW, "Sex": "é", "Race": '"', "Native_country": None})
+    features.apply(repo).write_to_online_store("demographic", rows)
+    watcher = StoreWatcher(repo)
+    watcher.look()
+    answers: list[bool] = []
+    short = watcher.read_plain
+
+    def counted(question):
+        answer = short(question)
+        answers.append(answer is not None)
+        return answer
+
+    names = ["demographic:Sex", "occupation:Education"]
+    entities = {"user_id": ["ann", "nobody", "ann"]}
+    questions = [
+        {"feature_service": "income_v1", "entities": entities},
+        {"features": names, "entities": entities, "full_feature_names": True},
+        {
+            "features": ["demographic:Sex"],
+            "entities": {"user_id": ["ann"]},
+            "include_feature_view_version_metadata": True,
+        },
+        {"feature_service": "no_such_service", "entities": entities},
+        {"features": ["demographic:nothing"], "entities": entities},
+    ]
+
+    async def ask_all() -> None:
+        transport = httpx.ASGITransport(create_app(watcher), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            for question in questions:
+                both = []
+                for way in (counted, lambda _: None):
+                    watcher.read_plain = way
+                    answer = await client.post("/get-online-features", json=question)
+                    both.append((answer.status_code, answer.headers["content-type"], answer.content))
+                assert both[0] == both[1]
+
+    asyncio.run(ask_all())
+    assert answers == [True, True, False, False, False]
+
+
+def test_a_plan_is_made_anew_when_the_registry_has_changed(platform: Settings, tmp_path: Path):
+    repo = scratch_repository(tmp_path)
+    store = features.apply(repo)
+    rows = pd.DataFrame({"user_id": ["ann"], "event_timestamp": NOW, "Sex": "x", "Race": "y", "Native_country": "z"})
+    store.write_to_online_store("demographic", rows)
+
+    def ask() -> dict[str, list[object]]:
+        return store.get_online_features(store.get_feature_service("income_v1"), [{"user_id": "ann"}]).to_dict()
+
+    assert set(ask()) > {"Sex", "Education"}
+    text = (repo / "features.py").read_text()
+    (repo / "features.py").write_text(
+        text.replace("features=[demographic, relationship, occupation]", "features=[demographic]")
+    )
+    features.apply(repo)
+    store.refresh_registry()
+    assert set(ask()) == {"user_id", "Sex", "Race", "Native_country"}
