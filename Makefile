@@ -10,7 +10,9 @@ OVERLAY ?= local
 CLUSTER = --overlay $(OVERLAY) $(if $(CONTEXT),--context '$(CONTEXT)') $(if $(YES),--yes)
 # Two processes: what needs the executed notebooks runs in one, the rest beside it (tests/conftest.py).
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(if $(DURATIONS),--durations $(DURATIONS))
-GROUPS = $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift
+GROUPS = $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift $(VENV)/.scale
+SCALE = $(if $(ENGINE),$(VENV)/.scale)
+DASK = $(if $(ENGINE),--engine $(ENGINE))
 CLI = $(BIN)/python -m mlplatform_ops
 PIPELINE = $(BIN)/python -W ignore -m mlplatform_pipeline
 
@@ -19,11 +21,11 @@ PIPELINE = $(BIN)/python -W ignore -m mlplatform_pipeline
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {gsub(/\$$\$$/, "$$", $$2); printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: $(READY) ## Start the platform, run every notebook that has changed (FRESH=1: every one), make the site, say where to look
-	@$(CLI) run --platform $(PLATFORM) $(CLUSTER) $(if $(FRESH),--fresh)
+run: $(READY) $(SCALE) ## Start the platform, run every notebook that has changed (FRESH=1: every one), make the site, say where to look
+	@$(CLI) run --platform $(PLATFORM) $(CLUSTER) $(DASK) $(if $(FRESH),--fresh)
 
 run-all: $(GROUPS) ## The same with notebooks 8 to 10, which need packages of their own
-	@$(CLI) run --every --platform $(PLATFORM) $(CLUSTER) $(if $(FRESH),--fresh)
+	@$(CLI) run --every --platform $(PLATFORM) $(CLUSTER) $(DASK) $(if $(FRESH),--fresh)
 
 site: $(READY) ## Make build/site again, from the notebooks of the last run
 	@$(CLI) site
@@ -68,8 +70,8 @@ clean: $(READY) ## Stop the platform and delete all of its state, and what was b
 data: $(READY) ## Derive data/income_data.csv again from its source and check both checksums
 	@$(CLI) data
 
-features: $(READY) ## Register the features and materialise them to the online store
-	@$(CLI) features --platform $(PLATFORM) $(CLUSTER)
+features: $(READY) $(SCALE) ## Register the features and materialise them to the online store (ENGINE=dask: on several processes)
+	@$(CLI) features --platform $(PLATFORM) $(CLUSTER) $(DASK)
 
 ##@ Batches and drift
 .PHONY: drift rollback pipeline pipeline-yaml
@@ -159,6 +161,7 @@ lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requ
 	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock --group drift -o requirements-drift.lock
 	@$(GROUP) --group browser -o requirements-browser.lock
 	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock -c requirements-drift.lock --group audit -o requirements-audit.lock
+	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock -c requirements-drift.lock -c requirements-audit.lock --group scale -o requirements-scale.lock
 
 # A group of packages that only some targets need: `$(VENV)/.pipelines` stands for it. Adding one removes nothing.
 $(VENV)/.%: requirements-%.lock $(READY)

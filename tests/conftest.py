@@ -61,6 +61,20 @@ def platform(embedded: EmbeddedPlatform) -> Iterator[Settings]:
 
 
 @pytest.fixture(scope="session")
+def dask_workers(platform: Settings) -> Iterator[Any]:
+    """A Dask cluster of two workers, which spill whatever they hold; `feature_store.yaml` is not told of it."""
+    # Both import Feast, which the unit tests do without.
+    from mlplatform.feast_plugins.distributed import VARIABLE
+    from mlplatform_ops.dask_cluster import dask_cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DASK_DISTRIBUTED__WORKER__MEMORY__TARGET", "0.000001")
+        with dask_cluster(2) as cluster:
+            patch.delenv(VARIABLE)
+            yield cluster
+
+
+@pytest.fixture(scope="session")
 def executed(
     embedded: EmbeddedPlatform, platform: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m mlplatform_ops"
 PlatformName = Literal["embedded", "k8s", "env"]
+EngineName = Literal["local", "dask"]
 ALARM_STATUS = 3  # so that a schedule tells an alarm from a failure
 
 app = App(
@@ -205,14 +206,15 @@ def serve_model() -> None:
 
 
 @app.command
-def features(*, platform: PlatformName = "embedded", target: Target = CURRENT) -> None:
+def features(*, platform: PlatformName = "embedded", target: Target = CURRENT, engine: EngineName = "local") -> None:
     """Register the features and materialise them to the online store.
 
     Args:
         platform: Where; env is the platform that the environment's variables name.
         target: Which cluster, for k8s.
+        engine: Who computes; dask is the cluster that DASK_SCHEDULER_ADDRESS names, or else one of this machine.
     """
-    with _platform(platform, target, ()):
+    with _platform(platform, target, ()), _workers(engine):
         from mlplatform.features import build
 
         build(notify=say)
@@ -266,6 +268,7 @@ def run(
     output: Path | None = None,
     platform: PlatformName = "embedded",
     target: Target = CURRENT,
+    engine: EngineName = "local",
 ) -> int:
     """Run the notebooks in order, make the site of them, and say where to look.
 
@@ -277,6 +280,7 @@ def run(
         output: The folder for executed copies, build/notebooks by default; another holds the site too.
         platform: Where; env is the platform that the environment's variables name.
         target: Which cluster, for k8s.
+        engine: Who computes history and materialises; as in features.
     """
     from mlplatform_ops import mlflow_rest, runner, unchanged
 
@@ -302,6 +306,7 @@ def run(
             services = {name for path in chosen for name in runner.services(path)}
             if services and platform == "embedded":
                 _embedded().up(also=services, notify=say)
+        stack.enter_context(_workers(engine if chosen else "local"))
         name = os.environ[mlflow_rest.RUN_VARIABLE] = mlflow_rest.new_run()
         mlflow_rest.close_runs(settings, mlflow_rest.is_dead)
         try:
@@ -470,6 +475,15 @@ def _platform(platform: PlatformName, target: Target, services: Collection[str])
         hasten_feast()
         limit_waiting()
         yield settings
+
+
+def _workers(engine: EngineName) -> AbstractContextManager[Any]:
+    """Start a Dask cluster of this machine where one is asked for and none is named."""
+    if engine == "local" or os.environ.get("DASK_SCHEDULER_ADDRESS"):
+        return nullcontext()
+    from mlplatform_ops.dask_cluster import dask_cluster
+
+    return dask_cluster()
 
 
 def _embedded() -> EmbeddedPlatform:

@@ -31,7 +31,7 @@ CELL_TIMEOUT_S = 600
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # The module of each group of packages that tells whether the group is installed.
-GROUPS = {"pipelines": "kfp", "serving": "bentoml", "drift": "evidently"}
+GROUPS = {"pipelines": "kfp", "serving": "bentoml", "drift": "evidently", "scale": "distributed"}
 
 Parameters = Mapping[str, Mapping[str, object]]
 

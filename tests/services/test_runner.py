@@ -147,6 +147,6 @@ def test_a_group_that_is_not_installed_is_named_with_what_to_run(write: Write, m
     monkeypatch.setitem(runner.GROUPS, "drift", "no_such_module")
     with pytest.raises(NotebookError, match=r"10_c needs the packages of the group 'drift'; run 'make \.venv/\.drift'"):
         check_group(write("10_c", group="drift"))
-    with pytest.raises(NotebookError, match="names the group 'drifting'; there are: pipelines, serving, drift"):
+    with pytest.raises(NotebookError, match="names the group 'drifting'; there are: pipelines, serving, drift, scale"):
         check_group(write("10_d", group="drifting"))
     check_group(write("01_a"))

@@ -1,4 +1,4 @@
-"""A feature store to ask the same of three ways: ours on the object store, ours on local files, and stock DuckDB."""
+"""A feature store to ask the same of four ways: ours on S3, on a Dask cluster and on local files, and stock DuckDB."""
 
 from __future__ import annotations
 
@@ -23,16 +23,20 @@ JANUARY, FEBRUARY, MARCH = (pd.Timestamp(f"2023-0{month}-01", tz="UTC") for mont
 class Shop:
     """A feature store of one kind with files of its own."""
 
-    def __init__(self, kind: str, folder: Path, settings: Settings, **online: Any) -> None:
+    def __init__(self, kind: str, folder: Path, settings: Settings, *, scheduler: str = "", **online: Any) -> None:
         self.kind, self.folder = kind, folder
         self.project = f"shop_{uuid4().hex[:8]}"
-        self.root = f"s3://feature-data-sets/{self.project}" if kind == "ours on S3" else str(folder / "data")
+        on_s3 = kind in {"ours on S3", "ours on Dask"}
+        self.root = f"s3://feature-data-sets/{self.project}" if on_s3 else str(folder / "data")
         ours = kind != "stock DuckDB"
         registry: dict[str, Any] = {"path": str(folder / "registry.db"), "cache_ttl_seconds": 0}
-        if kind == "ours on S3":
+        if on_s3:
             registry["path"] = f"s3://feature-registry/{self.project}.db"
             registry["registry_store_type"] = f"{OURS}.registry_store.ConditionalS3RegistryStore"
         store = f"{OURS}.online_store.ExpiringRedisOnlineStore" if ours else "redis"
+        offline = {"type": f"{OURS}.offline_store.S3DuckDBOfflineStore" if ours else "duckdb"}
+        if scheduler:
+            offline["scheduler"] = scheduler
         if ours:
             online = {"expire_online": False, **online}
         self.config = RepoConfig(
@@ -40,7 +44,7 @@ class Shop:
             provider="local",
             registry=registry,
             repo_path=folder,
-            offline_store={"type": f"{OURS}.offline_store.S3DuckDBOfflineStore" if ours else "duckdb"},
+            offline_store=offline,
             online_store={"type": store, "connection_string": settings.redis, **online},
             batch_engine={"type": f"{OURS}.compute_engine.PipelinedComputeEngine" if ours else "local"},
             entity_key_serialization_version=3,

@@ -28,6 +28,7 @@ from feast.utils import _build_entity_keys, _columns_to_proto_values, _get_colum
 from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]
 from pydantic import StrictStr
 
+from mlplatform.feast_plugins import distributed
 from mlplatform.feast_plugins.offline_store import S3DuckDBOfflineStore
 from mlplatform.feast_plugins.online_store import ExpiringRedisOnlineStore
 from mlplatform.feast_plugins.parquet_source import ARROW_TYPES, ParquetFile, as_declared
@@ -89,6 +90,16 @@ class PipelinedComputeEngine(LocalComputeEngine):
 
     def _load(self, registry: BaseRegistry, task: MaterializationTask) -> None:
         started = time.perf_counter()
+        rows, changed = distributed.load(self, registry, task) or self.load(registry, task)
+        if self.listener:
+            self.listener(MaterialisedView(task.feature_view.name, rows, changed, time.perf_counter() - started))
+
+    def load(self, registry: BaseRegistry, task: MaterializationTask) -> tuple[int, int]:
+        """Load a view in this process.
+
+        Returns:
+            How many keys had a value, and how many of them were new or newer than what was stored.
+        """
         view = task.feature_view
         table = self._latest(registry, task)
         rows = self.repo_config.materialization_config.online_write_batch_size or BATCH_ROWS
@@ -97,8 +108,7 @@ class PipelinedComputeEngine(LocalComputeEngine):
             write_batch(online, self.repo_config, view, batch)
             for batch in table.combine_chunks().to_batches(max_chunksize=rows)
         )
-        if self.listener:
-            self.listener(MaterialisedView(view.name, len(table), changed, time.perf_counter() - started))
+        return len(table), changed
 
     def _latest(self, registry: BaseRegistry, task: MaterializationTask) -> pa.Table:
         """Read the latest row of each key, under the view's names and with the view's types."""

@@ -35,6 +35,7 @@ from feast.saved_dataset import SavedDatasetStorage
 from pydantic import StrictStr
 
 from mlplatform.errors import DataError, MissingObjectError
+from mlplatform.feast_plugins import distributed
 from mlplatform.feast_plugins.duckdb_s3 import connection, duckdb_errors, microseconds, quote_name
 from mlplatform.feast_plugins.parquet_source import ParquetFile, _in_utc, check_endpoint, filesystem, quoted
 from mlplatform.feast_plugins.point_in_time import Lookup, point_in_time, tie_breakers
@@ -58,9 +59,15 @@ FileSource.create_filesystem_and_path = staticmethod(_reach_endpoint)  # type: i
 
 
 class S3DuckDBOfflineStoreConfig(DuckDBOfflineStoreConfig):
-    """The store's part of `feature_store.yaml`; it needs nothing but the type."""
+    """The store's part of `feature_store.yaml`; it needs nothing but the type.
+
+    Attributes:
+        scheduler: Address of the Dask scheduler on whose workers history and materialising run. Empty, or a variable
+            that is not set: in this process.
+    """
 
     type: StrictStr = "mlplatform.feast_plugins.offline_store.S3DuckDBOfflineStore"
+    scheduler: str = ""
 
 
 class S3DuckDBOfflineStore(DuckDBOfflineStore):
@@ -115,8 +122,9 @@ class S3DuckDBOfflineStore(DuckDBOfflineStore):
         time_column = find_time_column(entity_df)
         entities = _entity_table(entity_df, time_column, views)
         times = pd.to_datetime(entity_df[time_column], utc=True)
+        join = distributed.join_of(config) or point_in_time
         return ArrowJob(
-            lambda: point_in_time(entities, time_column, views, created_before=filter_by_created_timestamp),
+            lambda: join(entities, time_column, views, created_before=filter_by_created_timestamp),
             full_feature_names=full_feature_names,
             on_demand_feature_views=OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry),
             metadata=RetrievalMetadata(

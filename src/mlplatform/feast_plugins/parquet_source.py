@@ -90,14 +90,16 @@ class ParquetFile:
         """The source as messages name it."""
         return self.uri if self.name == self.uri else f"{self.uri} (source {self.name})"
 
+    @property
+    def pattern(self) -> str:
+        """The file's address, or the pattern of all of them."""
+        is_folder = Path(self.uri).is_dir() if "://" not in self.uri else not Path(self.uri).suffix
+        return f"{self.uri.rstrip('/')}/**/*.parquet" if is_folder and not _GLOB.search(self.uri) else self.uri
+
     def scan(self) -> str:
         """Write the table function that reads the file or files."""
-        if _GLOB.search(self.uri):
-            return f"read_parquet({quote_text(self.uri)}, union_by_name = true)"
-        is_folder = Path(self.uri).is_dir() if "://" not in self.uri else not Path(self.uri).suffix
-        if is_folder:
-            return f"read_parquet({quote_text(self.uri.rstrip('/') + '/**/*.parquet')}, union_by_name = true)"
-        return f"read_parquet({quote_text(self.uri)})"
+        options = ", union_by_name = true" if _GLOB.search(self.pattern) else ""
+        return f"read_parquet({quote_text(self.pattern)}{options})"
 
     def describe(self, duck: duckdb.DuckDBPyConnection, columns: Sequence[str], timestamp_field: str) -> dict[str, str]:
         """Give DuckDB's type of each column.
@@ -146,11 +148,12 @@ def filesystem(uri: str) -> tuple[pa.fs.FileSystem, str]:
 
 def same_family(one: str, other: str) -> bool:
     """Say whether two of DuckDB's types compare without a conversion that could change a value."""
-
-    def family(kind: str) -> str:
-        return next((name for name, pattern in _FAMILIES.items() if pattern.match(kind)), kind)
-
     return family(one) == family(other)
+
+
+def family(kind: str) -> str:
+    """Name the family of one of DuckDB's types; a type outside of them is its own."""
+    return next((name for name, pattern in _FAMILIES.items() if pattern.match(kind)), kind)
 
 
 def as_declared(column: pa.ChunkedArray, kind: ValueType | None, origin: Named, name: str) -> pa.ChunkedArray:

@@ -191,7 +191,7 @@ def point_in_time(
     with connection() as duck:
         duck.register("asked", asked)
         for view in views:
-            _check_keys(duck, view, asked)
+            check_keys(duck, view, asked)
             with duckdb_errors(view.file.described):
                 found = duck.sql(view.sql(created_before=created_before)).to_arrow_table()
             for name, column in view.features.items():
@@ -199,7 +199,12 @@ def point_in_time(
     return answer
 
 
-def _check_keys(duck: duckdb.DuckDBPyConnection, view: Lookup, asked: pa.Table) -> None:
+def check_keys(duck: duckdb.DuckDBPyConnection, view: Lookup, asked: pa.Table) -> dict[str, str]:
+    """Give DuckDB's type of each column of a view's file, whose keys must compare with those of the table `asked`.
+
+    Raises:
+        DataError: A column is missing, or a key has another type.
+    """
     found = view.file.describe(duck, view.columns, view.timestamp_field)
     # What DuckDB calls each column of the frame, so that both sides speak of the same types.
     given = {name: kind for name, kind, *_ in duck.execute("DESCRIBE SELECT * FROM asked").fetchall()}
@@ -210,3 +215,4 @@ def _check_keys(duck: duckdb.DuckDBPyConnection, view: Lookup, asked: pa.Table) 
                 f"{name} in the entity frame is {given[name]}, and {column} in {view.file.described} is "
                 f"{found[column]}; give both the same type"
             )
+    return found

@@ -1,4 +1,4 @@
-"""The three stores that are asked the same: ours on the object store, ours on local files, stock DuckDB."""
+"""The stores that are asked the same: ours on the object store, on a Dask cluster, on local files; stock DuckDB."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from shop import Shop
 
 from mlplatform.settings import Settings
 
+OURS = ["ours on S3", "ours on Dask", "ours on local files"]
 
-@pytest.fixture(params=["ours on S3", "ours on local files", "stock DuckDB"])
+
+@pytest.fixture(params=[*OURS, "stock DuckDB"])
 def shop(request: pytest.FixtureRequest, platform: Settings, tmp_path: Path) -> Shop:
-    return Shop(request.param, tmp_path, platform)
+    return _shop(request, platform, tmp_path)
 
 
-@pytest.fixture(params=["ours on S3", "ours on local files"])
+@pytest.fixture(params=OURS)
 def our_shop(request: pytest.FixtureRequest, platform: Settings, tmp_path: Path) -> Shop:
-    return Shop(request.param, tmp_path, platform)
+    return _shop(request, platform, tmp_path)
+
+
+def _shop(request: pytest.FixtureRequest, platform: Settings, folder: Path) -> Shop:
+    dask = request.getfixturevalue("dask_workers") if request.param == "ours on Dask" else None
+    return Shop(request.param, folder, platform, scheduler=dask.scheduler_address if dask else "")
