@@ -34,7 +34,7 @@ test: $(GROUPS) $(VENV)/.audit ## Pass every test, on a platform of its own (DUR
 	@$(PYTEST)
 
 ##@ The platform on this machine
-.PHONY: up down status env lab serve serve-model ui attack clean
+.PHONY: up down status env password lab serve serve-model ui attack clean
 up: $(READY) ## Start object store, online store and MLflow; wait until each answers
 	@$(CLI) up
 
@@ -47,7 +47,10 @@ status: $(READY) ## Show each service, its state, URL and how long it runs
 env: $(READY) ## Print the connection settings as shell exports: eval "$$(make -s env)"
 	@$(CLI) env
 
-lab: $(READY) ## Open JupyterLab on the platform
+password: $(READY) ## Print the password that MLflow asks for
+	@$(CLI) password
+
+lab: $(READY) ## Open JupyterLab at notebook 1, with what notebooks need; saved notebooks keep no outputs
 	@$(CLI) lab
 
 serve: $(READY) ## Start the Feast feature server
@@ -108,7 +111,7 @@ k8s-pipeline: $(VENV)/.pipelines ## Submit a pipeline to Kubeflow at KFP_HOST (N
 	@$(PIPELINE) submit $(or $(NAME),batch) $(ARGS) $(if $(CRON),--cron '$(CRON)')
 
 ##@ Working on the repository
-.PHONY: bench check lint test-unit test-services test-notebooks test-cluster format secrets sbom audit lock install
+.PHONY: bench check lint test-unit test-services test-notebooks test-browser test-cluster format secrets sbom audit lock install
 check: lint test-unit ## Check style, types and contracts, and pass the unit tests: seconds
 
 lint: $(READY) ## Check style, types, the contracts between packages, and the workflows
@@ -123,6 +126,9 @@ test-services: $(GROUPS) $(VENV)/.audit ## Pass the tests of one service each, a
 
 test-notebooks: $(GROUPS) ## Run every notebook and check what it made
 	@$(PYTEST) tests/notebooks
+
+test-browser: $(VENV)/.browser ## Walk through site, MLflow, Feast UI and JupyterLab with the system's Chromium (build/screenshots)
+	@$(BIN)/python -m pytest tests/browser
 
 test-cluster: $(READY) ## Pass the tests of the manifests and of the k8s- commands
 	@$(PYTEST) tests/cluster

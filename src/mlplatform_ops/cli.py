@@ -153,30 +153,36 @@ def clean() -> None:
 
 
 @app.command
+def password() -> None:
+    """Print MLflow's password, for the user that status and run name."""
+    print(_embedded().settings.tracking_password)
+
+
+@app.command
 def lab() -> None:
-    """Open JupyterLab on the platform."""
+    """Open JupyterLab on the clone at notebook 1, with what notebooks need."""
     import secrets
 
+    from mlplatform_ops import runner
     from mlplatform_ops.ports import is_free
 
-    os.environ.update(_embedded().up(notify=say).to_env())
-    os.chdir(find_root() / "notebooks")
+    root = find_root()
+    chain = runner.find_notebooks(root / "notebooks")
+    services = {name for path in chain for name in runner.services(path)}
+    os.environ.update(_embedded().up(also=services, notify=say).to_env())
+    os.chdir(root)
     port = next(port for port in range(8888, 8988) if is_free(port))
     token = secrets.token_urlsafe(24)
     os.environ["JUPYTER_TOKEN"] = token
-    say(f"JupyterLab: http://127.0.0.1:{port}/lab?token={token}")
+    first = f"/lab/tree/notebooks/{chain[0].name}"
+    say(f"JupyterLab: http://127.0.0.1:{port}{first}?token={token}")
     options = {
+        "config": Path(__file__).with_name("lab_config.py"),
         "ServerApp.ip": "127.0.0.1",
         "ServerApp.port": port,
         "ServerApp.port_retries": 0,
-        # In a container everybody is root; the token guards the server as it does for others.
-        "ServerApp.allow_root": True,
-        "KernelManager.transport_encryption": "required",
-        # Nothing is fetched from the internet unasked.
-        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
-        "LabApp.extension_manager": "readonly",
-        "LabApp.news_url": None,
-        "Application.log_level": "WARN",
+        "ServerApp.root_dir": root,
+        "LabApp.default_url": first,
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *flags])  # noqa: S606
@@ -551,5 +557,6 @@ def _summarise(executions: Sequence[Execution], settings: Settings, platform: Pl
         console.print("MLflow, S3  make k8s-forward  (their addresses and credentials, until Ctrl-C)")
     else:
         source = ": make env" if platform == "embedded" else " as in the environment"
-        console.print(f"MLflow      {settings.tracking_uri}  (user {settings.tracking_username}; password{source})")
+        password = ": make password" if platform == "embedded" else source
+        console.print(f"MLflow      {settings.tracking_uri}  (user {settings.tracking_username}; password{password})")
         console.print(f"S3          {settings.s3_endpoint}  (keys{source})")

@@ -263,8 +263,9 @@ def test_jupyterlab_opens_for_its_token_alone_and_shows_it_once(embedded: Embedd
         lab = subprocess.Popen([sys.executable, "-m", "mlplatform_ops", "lab"], cwd=ROOT, env=environ, stderr=log)
         try:
             page = wait_for_line(log.name, "JupyterLab: ").removeprefix("JupyterLab: ")
-            server, token = page.split("/lab?token=")
-            assert answer(f"{server}/api/contents?token={token}").status_code == 200
+            server, token = page.split("/lab/tree/notebooks/01_explore_data.ipynb?token=")
+            listed = answer(f"{server}/api/contents?token={token}").json()["content"]
+            assert {"Makefile", "feature_repo", "notebooks"} <= {entry["name"] for entry in listed}
             assert requests.get(f"{server}/api/contents", timeout=5).status_code == 403
             assert server.startswith("http://127.0.0.1:")
             assert Path(log.name).read_text().count(token) == 1

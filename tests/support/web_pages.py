@@ -9,6 +9,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
+PATIENCE_MS = 120_000  # a page that comes late is no failure
+
 # What a browser fetches by itself, by tag and attribute; a link's `href` only for the kinds that are fetched.
 LOADS = {
     ("audio", "src"), ("embed", "src"), ("iframe", "src"), ("img", "src"), ("img", "srcset"), ("image", "href"),

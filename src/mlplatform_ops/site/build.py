@@ -10,6 +10,15 @@ from mlplatform.errors import PlatformError
 from mlplatform_ops.runner import find_notebooks
 from mlplatform_ops.site import pages
 
+# What Furo and Sphinx leave for who hears a page: names for its parts, a level for headings, no heading without words.
+MENDED = {
+    '<aside class="sidebar-drawer">': '<aside class="sidebar-drawer" aria-label="All pages">',
+    '<aside class="toc-drawer">': '<aside class="toc-drawer" aria-label="On this page">',
+    'class="caption" role="heading">': 'class="caption" role="heading" aria-level="2">',
+    '<th class="head"><p></p></th>': "<td></td>",
+    '<div id="search-results"></div>': '<h1>Search</h1><div id="search-results"></div>',
+}
+
 
 class SiteError(PlatformError, RuntimeError):
     """The site cannot be built."""
@@ -43,6 +52,7 @@ def build(root: Path, executed: Path, site: Path) -> list[str]:
             options = ["-q", "-b", "html", "-c", str(pages.HERE), "-d", str(work / "doctrees")]
             command = [sys.executable, "-m", "sphinx", *options, *folders]
             outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+            _mend(site)
     except OSError as error:
         raise SiteError(f"cannot write the site to {site}: {error.strerror or error}") from error
     said = outcome.stderr.strip().splitlines()
@@ -56,3 +66,12 @@ def _is_current(site: Path, source: Path) -> bool:
     inventory = site / "objects.inv"
     parts = [*source.rglob("*.*"), *pages.HERE.rglob("*.*")]
     return inventory.exists() and inventory.stat().st_mtime > max(path.stat().st_mtime for path in parts)
+
+
+def _mend(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        before = text = page.read_text()
+        for given, better in MENDED.items():
+            text = text if better in text else text.replace(given, better)
+        if text != before:
+            page.write_text(text)

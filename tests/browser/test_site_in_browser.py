@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser
+from web_pages import PATIENCE_MS, SHOTS
+
+from mlplatform_ops.site.build import build
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(executed: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All pages."""
+    folder = tmp_path_factory.mktemp("built") / "site"
+    build(ROOT, next(iter(executed.values())).parent, folder)
+    return folder
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_every_page_can_be_read_and_axe_finds_nothing(browser: Browser, site: Path, width: int, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE_MS)
+    page, axe, asked, problems = context.new_page(), Axe(), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: problems.append(f"{page.url}: {error}"))
+    for path in sorted(site.rglob("*.html")):
+        name = str(path.relative_to(site).with_suffix(""))
+        page.goto(path.as_uri())
+        page.screenshot(path=SHOTS / "site" / f"{name.replace('/', '-')}-{width}-{scheme}.png")
+        text = page.inner_text("article") if page.query_selector("article") else ""
+        if len(text.split()) < 20 and name not in {"search", "genindex"}:
+            problems.append(f"{name}: hardly a word")
+        if page.evaluate("document.documentElement.scrollWidth") > width:
+            problems.append(f"{name}: wider than the screen")
+        for found in axe.run(page).response["violations"]:
+            where = ", ".join(str(node["target"]) for node in found["nodes"][:3])
+            problems.append(f"{name}: {found['id']}: {found['help']} at {where}")
+    context.close()
+    assert problems == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+def test_search_finds_a_word_without_a_server(browser: Browser, site: Path) -> None:
+    context = browser.new_context()
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    page.goto((site / "index.html").as_uri())
+    page.fill(".sidebar-search", "calibration")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("ul.search li a")
+    assert "Evaluate the models" in page.inner_text("ul.search")
+    context.close()
