@@ -127,7 +127,7 @@ test-services: $(GROUPS) $(VENV)/.audit ## Pass the tests of one service each, a
 test-notebooks: $(GROUPS) ## Run every notebook and check what it made
 	@$(PYTEST) tests/notebooks
 
-test-browser: $(VENV)/.browser ## Walk through site, MLflow, Feast UI and JupyterLab with the system's Chromium (build/screenshots)
+test-browser: $(VENV)/.browser ## Read every page of the site in the system's Chromium, and let axe read it (build/screenshots)
 	@$(BIN)/python -m pytest tests/browser
 
 test-cluster: $(READY) ## Pass the tests of the manifests and of the k8s- commands

@@ -7,10 +7,8 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
-from web_pages import PATIENCE_MS, SHOTS
-
-from mlplatform.settings import Settings
+from playwright.sync_api import Browser, sync_playwright
+from web_pages import SHOTS
 
 
 @pytest.fixture(scope="session")
@@ -26,19 +24,3 @@ def browser() -> Iterator[Browser]:
         chromium = playwright.chromium.launch(executable_path=found, args=flags)
         yield chromium
         chromium.close()
-
-
-@pytest.fixture
-def context(browser: Browser, platform: Settings) -> Iterator[BrowserContext]:
-    """A window of its own, which answers MLflow's question for user and password."""
-    login = {"username": platform.tracking_username, "password": platform.tracking_password}
-    opened = browser.new_context(viewport={"width": 1440, "height": 900}, http_credentials=login)
-    opened.set_default_timeout(PATIENCE_MS)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def page(context: BrowserContext) -> Page:
-    """An empty tab."""
-    return context.new_page()

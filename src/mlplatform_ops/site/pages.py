@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import tomllib
+from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -175,7 +176,7 @@ def _notebook_page(chapter: Chapter) -> str:
     told = "what the cell before shows"
     shown = []
     for cell in cells:
-        cell = nbformat.from_dict({**cell, "metadata": {"tags": list(cell.metadata.get("tags", ()))} | _alt(cell)})  # type: ignore[no-untyped-call]
+        cell = nbformat.from_dict({**cell, "metadata": {"tags": list(cell.metadata.get("tags", ()))}})  # type: ignore[no-untyped-call]
         if cell.cell_type == "markdown":
             headings = re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)
             told = headings[-1] if headings else told
@@ -188,25 +189,32 @@ def _notebook_page(chapter: Chapter) -> str:
     return str(nbformat.writes(page))  # type: ignore[no-untyped-call]
 
 
-def _alt(cell: nbformat.NotebookNode) -> dict[str, Any]:
-    written = cell.metadata.get("mystnb")
-    return {"mystnb": written} if written else {}
-
-
 def _mend_code(cell: nbformat.NotebookNode, told: str) -> None:
     if cell.source.count("\n") >= LONG_CELL:
         cell.metadata.tags.append("hide-input")
-    outputs = cell.get("outputs", [])
-    if any("image/png" in output.get("data", {}) for output in outputs) and "mystnb" not in cell.metadata:
-        cell.metadata["mystnb"] = {"image": {"alt": f"Figure: {told}"}}
-    for output in outputs:
+    for output in cell.get("outputs", []):
         html = output.get("data", {}).get("text/html")
+        figure = _figure(output, f"Figure: {told}")
+        if figure:
+            output["data"] = {"text/html": figure}
+            continue
         if html and "sk-top-container" in html:
             # scikit-learn's drawing of a pipeline cannot be used without a mouse; its text says the same.
             del output["data"]["text/html"]
         elif html:
             # An empty corner is no heading, and browsers draw the border from the style sheet.
             output["data"]["text/html"] = html.replace("<th></th>", "<td></td>").replace(' border="1"', "")
+
+
+def _figure(output: nbformat.NotebookNode, otherwise: str) -> str:
+    """Give a figure as HTML with a text of its own, which MyST-NB has for a whole cell only; empty if there is none."""
+    for kind in ("image/png", "image/svg+xml"):
+        found = output.get("data", {}).get(kind)
+        if found:
+            alt = output.metadata.get(kind, {}).get("alt") or otherwise
+            coded = "".join(found.split()) if kind == "image/png" else b64encode(found.encode()).decode()
+            return f'<img alt="{escape(alt)}" src="data:{kind};base64,{coded}">'
+    return ""
 
 
 def _is_guard(cell: nbformat.NotebookNode) -> bool:
