@@ -247,9 +247,9 @@ def test_plain_views_are_read_as_feasts_own_code_reads_them(platform: Settings, 
             name=name,
             entities=[USER],
             schema=[Field(name=field, dtype=kind) for field, kind in kinds.items()],
-            source=shop.source(name, data[["user_id", "at", *kinds]]),
+            source=shop.source(name, data.assign(at=data["at"] + timedelta(hours=place))[["user_id", "at", *kinds]]),
         )
-        for name, kinds in fields.items()
+        for place, (name, kinds) in enumerate(fields.items())
     ]
     shop.store.apply([USER, *views, FeatureService(name="all", features=views)])
     shop.store.materialize(datetime(1960, 1, 1, tzinfo=UTC), datetime.now(UTC) + timedelta(days=1))
