@@ -327,7 +327,7 @@ def measure_online(ours: FeatureStore, stock: FeatureStore, versions: pd.DataFra
     feast = str(Path(sys.executable).parent / "feast")
     commands = {
         OURS: [sys.executable, "-m", "mlplatform_ops.feast_servers.feature_server", "--repo", str(ours.repo_path)],
-        FEAST: [feast, "--chdir", str(stock.repo_path), "serve", "--no-access-log", "--workers", "1"],
+        FEAST: [feast, "--chdir", str(stock.repo_path), "serve", "--no-access-log", "--max-requests", "0"],
     }
     # Feast orders a view's features by a set, so by a seed that each process draws for itself.
     os.environ.update(FEATURE_SERVER_TOKEN=token, PYTHONHASHSEED="0")
