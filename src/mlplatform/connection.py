@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
@@ -66,8 +67,8 @@ def limit_waiting() -> None:
     """Let libraries of this process give up on a service that hangs; call it before they make their clients.
 
     MLflow's client and others on urllib3 would send a request that was not answered in time again and again. It may
-    have been carried out, so it is sent once; a refused connection is tried again as before. Feast and MLflow make S3
-    clients without a limit of their own, and botocore waits for a minute, five times.
+    have been carried out, so it is sent once; a refused connection is tried again as before, a full disk is not. Feast
+    and MLflow make S3 clients without a limit of their own, and botocore waits for a minute, five times.
     """
     import botocore.config
     from urllib3.exceptions import ReadTimeoutError
@@ -84,6 +85,9 @@ def limit_waiting() -> None:
     def increment(self: Retry, *arguments: Any, **named: Any) -> Retry:
         if isinstance(named.get("error"), ReadTimeoutError):
             raise named["error"]
+        answer = named.get("response")
+        if answer is not None and answer.status == 503 and b"disk is full" in answer.data:
+            raise OSError(errno.ENOSPC, "no space left where the MLflow server keeps its database; free some")
         return asks_again(self, *arguments, **named)
 
     increment.limited = True  # type: ignore[attr-defined]

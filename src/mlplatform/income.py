@@ -7,6 +7,7 @@ https://doi.org/10.24432/C5XW20.
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
@@ -44,9 +45,16 @@ def read_income(path: str | os.PathLike[str]) -> pd.DataFrame:
     """
     path = Path(path)
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig")
+        content = path.read_bytes()
+        if b"\0" in content:  # pandas would cut the value there
+            raise DataError(f"{path} is no text (a NUL at byte {content.index(0)}); run 'make data'")
+        frame = pd.read_csv(
+            BytesIO(content), dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig"
+        )
     except FileNotFoundError as error:
         raise MissingObjectError(f"{path} is not there; run 'make data', or correct data_path") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); run 'make data', or correct data_path") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it, or run 'make data'") from error
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:

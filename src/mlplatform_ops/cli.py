@@ -321,7 +321,7 @@ def run(
                 folder,
                 parameters={path.stem: given[path.stem] for path in chosen if path.stem in given},
                 notify=say,
-                diagnose=lambda: check_services(settings),
+                diagnose=lambda: _diagnose(settings, platform),
             )
         finally:
             del os.environ[mlflow_rest.RUN_VARIABLE]
@@ -480,7 +480,19 @@ def _platform(platform: PlatformName, target: Target, services: Collection[str])
         os.environ.update(settings.to_env())
         hasten_feast()
         limit_waiting()
-        yield settings
+        try:
+            yield settings
+        except Exception:
+            if platform == "embedded":
+                _embedded().check_space()
+            raise
+
+
+def _diagnose(settings: Settings, platform: PlatformName) -> None:
+    """Raise an error that says why a notebook may have failed, if the platform is to blame."""
+    if platform == "embedded":
+        _embedded().check_space()
+    check_services(settings)
 
 
 def _workers(engine: EngineName) -> AbstractContextManager[Any]:

@@ -86,6 +86,7 @@ def test_deriving_trims_blanks_drops_rows_with_a_question_mark_and_keeps_the_ord
         (HEADER + "\n" + ROW + "\n" + ROW + ",more", "Expected 9 fields in line 3, saw 10"),
         (HEADER + "\n" + ROW.replace("<=50K", "50K"), "targets other than <=50K and >50K: ['50K']"),
         ((HEADER + "\n" + ROW.replace("Cuba", "Curaçao")).encode("latin-1"), "is not UTF-8"),
+        (HEADER + "\n" + ROW.replace("Cuba", "Cu\0ba"), "is no text (a NUL at byte "),
     ],
 )
 def test_a_file_that_is_not_the_income_table_is_refused_in_one_line(
@@ -102,6 +103,11 @@ def test_a_file_that_is_not_the_income_table_is_refused_in_one_line(
 def test_a_missing_file_says_which_command_makes_it(tmp_path: Path) -> None:
     with pytest.raises(MissingObjectError, match="make data"):
         income.read_income(tmp_path / "none.csv")
+
+
+def test_a_folder_in_the_files_place_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\); run 'make data'"):
+        income.read_income(tmp_path)
 
 
 def test_columns_in_another_order_and_a_byte_order_mark_are_accepted(tmp_path: Path) -> None:

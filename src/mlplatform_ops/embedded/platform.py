@@ -59,6 +59,8 @@ from mlplatform_ops.ports import HOST, Listener
 
 START_TIMEOUT_S = 180.0
 PROBE_TIMEOUT_S = 3.0
+# Less than MLflow's database, the store's log and one upload need for the next second.
+LEAST_FREE_BYTES = 2**20
 # A service that has run for longer than a start takes must answer soon.
 STARTED_AFTER_S = 60
 HANG_TIMEOUT_S = 5.0
@@ -113,10 +115,11 @@ class EmbeddedPlatform:
         Raises:
             SettingsError: The state folder cannot be written, or a port variable holds no port.
             PortTakenError: A port that the user set is in use.
-            ServiceDownError: A service does not come up; the message names its log.
+            ServiceDownError: A service does not come up; the message names its log. Or no space is left.
         """
         services = [service for service in SERVICES if not service.on_demand or service.name in also]
         with _one_at_a_time(notify):
+            self.check_space()
             if not self.running():
                 # Read before anything is ended.
                 previous = self._previous(notify)
@@ -166,6 +169,18 @@ class EmbeddedPlatform:
                 path.unlink(missing_ok=True)
         with suppress(OSError):
             self.state.rmdir()
+
+    def check_space(self) -> None:
+        """Make sure that the servers can write; each says in its own way, and late, that it cannot.
+
+        Raises:
+            ServiceDownError: No space is left.
+        """
+        with suppress(FileNotFoundError):
+            if shutil.disk_usage(self.state).free < LEAST_FREE_BYTES:
+                raise ServiceDownError(
+                    f"no space left in {self.state}; free some, then type this again: the servers go on by themselves"
+                )
 
     def running(self) -> bool:
         """Say whether this platform's supervisor answers.
@@ -316,6 +331,7 @@ class EmbeddedPlatform:
                         f"{service.name} (pid {entry['pid']}) runs and does not answer; "
                         f"run 'make down', then 'make up'; see {log}"
                     )
+            self.check_space()
             if waiting and time.monotonic() - said > 8:
                 notify(f"waiting for {', '.join(waiting)}")
                 said = time.monotonic()
