@@ -47,6 +47,7 @@ STOCK = {
     "mlplatform.feast_plugins.compute_engine.PipelinedComputeEngine": "local",
     "mlplatform.feast_plugins.online_store.ExpiringRedisOnlineStore": "redis",
     "  expire_online: false\n": "",
+    '  scheduler: "${DASK_SCHEDULER_ADDRESS}"\n': "",
 }
 OURS, FLOOR, FEAST = "ours", "floor", "Feast's stock parts"
 HEAD = ("what", "size", "contender", "median", "spread", "rate", "beside the floor")
