@@ -77,7 +77,7 @@ features: $(READY) $(SCALE) ## Register the features and materialise them to the
 	@$(CLI) features --platform $(PLATFORM) $(CLUSTER) $(DASK)
 
 ##@ Batches and drift
-.PHONY: drift rollback pipeline pipeline-yaml
+.PHONY: drift rollback pipeline pipeline-yaml loop reproduce
 pipeline: $(VENV)/.pipelines ## Score everybody with the batch pipeline, on this machine (PEOPLE=s3://...)
 	@$(CLI) up && $(PIPELINE) batch $(if $(PEOPLE),--people $(PEOPLE))
 
@@ -85,10 +85,16 @@ pipeline-yaml: $(VENV)/.pipelines ## Compile the pipelines to the YAML that a cl
 	@$(PIPELINE) compile
 
 rollback: $(READY) ## Make the version before the champion the champion again; REASON= is recorded
-	@$(CLI) release roll-back $(if $(REASON),'$(REASON)')
+	@$(CLI) release roll-back $(if $(REASON),'$(REASON)') $(if $(MODEL),--model $(MODEL))
 
 drift: $(VENV)/.drift ## Compare BATCH=s3://..., or what the endpoint saw, with the champion's training data
 	@$(CLI) drift --platform $(PLATFORM) $(CLUSTER) $(if $(BATCH),--batch $(BATCH)) $(if $(DAYS),--days $(DAYS))
+
+loop: $(GROUPS) ## Drift, retraining, gate, shadow, canary, promotion and roll-back under load, with evidence (SEED=1)
+	@$(CLI) loop $(if $(SEED),--seed $(SEED))
+
+reproduce: $(READY) ## Train RUN=id again from nothing but its id, and compare what came out
+	@$(CLI) reproduce $(RUN)
 
 ##@ On a cluster (OVERLAY=local, CONTEXT=the current one, YES=1 to go on in production)
 .PHONY: k8s-pipeline k8s-secrets k8s-up k8s-forward k8s-status k8s-down

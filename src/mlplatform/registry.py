@@ -20,7 +20,7 @@ from mlplatform.errors import RegistryError
 from mlplatform.income import COLUMNS
 from mlplatform.modeling import SCORES
 from mlplatform.promotion import lock, signing
-from mlplatform.promotion.alias import HISTORY, TEST_DATA, judge, mend, mlflow_errors, move, note, sign
+from mlplatform.promotion.alias import HISTORY, TEST_DATA, before, judge, mend, mlflow_errors, move, note, sign
 from mlplatform.promotion.alias import PREVIOUS as PREVIOUS
 from mlplatform.promotion.alias import Promotion as Promotion
 from mlplatform.promotion.alias import find as find
@@ -141,7 +141,8 @@ def rollback(reason: str, *, name: str = MODEL_NAME) -> Promotion:
         UntrustedModelError: The version's files are not those that were signed when it was promoted.
     """
     with mlflow_errors(), lock.exclusive(f"promotion/{name}") as held:
-        champion, previous = mend(name), find(PREVIOUS, name=name)
+        champion = mend(name)
+        previous = before(champion) if champion else None
         if champion is None or previous is None or previous.version == champion.version:
             raise RegistryError(f"{name!r} has no champion before the present one; promote another version")
         with TemporaryDirectory() as folder:

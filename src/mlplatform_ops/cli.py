@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -347,76 +348,132 @@ def site() -> None:
     _build_site(build / "notebooks", build / "site")
 
 
+@app.command
+def loop(*, seed: int = 1, requests: int = 5_000) -> int:
+    """Go through the whole loop once: drift, retraining, gate, shadow, canary, promotion, roll-back, evidence.
+
+    Args:
+        seed: Decides which people are drawn, and how the world moves.
+        requests: How many questions the endpoint answers meanwhile, at least.
+    """
+    from mlplatform_ops.loop import loop as loops
+    from mlplatform_ops.runner import GROUPS, require_group
+
+    for group in GROUPS:
+        require_group(group, what="the loop")
+    began = time.monotonic()
+    with _platform("embedded", CURRENT, ()):
+        folder = loops.run(seed, main, sizes=loops.Sizes(requests=requests), notify=say)
+    print(folder)
+    say(f"the loop took {time.monotonic() - began:.0f} s")
+    return 0
+
+
+@app.command
+def reproduce(run_id: str, /) -> int:
+    """Train a run again from nothing but its id, and compare data, answers, metrics, code and environment.
+
+    Args:
+        run_id: MLflow's id of a training run.
+    """
+    from rich.table import Table
+
+    from mlplatform_ops import reproduce as again
+
+    connect()
+    compared = again.reproduce(run_id)
+    table = Table("what", "then", "now", "")
+    for entry in compared:
+        table.add_row(entry.what, entry.then[:20], entry.now[:20], entry.verdict)
+    wide_console().print(table)
+    return int(not all(entry.agrees for entry in compared))
+
+
 @release.command(name="shadow")
-def release_shadow(version: int, /) -> None:
+def release_shadow(version: int, /, *, model: str = MODEL_NAME) -> None:
     """Let a version answer every request beside the champion, whose answers alone are sent.
 
     Args:
         version: The challenger's number.
+        model: The registered model.
     """
     from mlplatform.serving import releases
 
     connect()
-    releases.shadow(version)
-    say(f"version {version} answers in the shadow; both answers go to s3://mlflow-datasets/endpoint-shadow/")
+    releases.shadow(version, name=model)
+    say(f"version {version} answers in the shadow; the endpoint logs both answers")
 
 
 @release.command(name="canary")
-def release_canary(version: int, /, *, share: float = 0.1) -> None:
+def release_canary(version: int, /, *, share: float = 0.1, model: str = MODEL_NAME) -> None:
     """Let a version answer a share of the users.
 
     Args:
         version: The challenger's number.
         share: From 0 to 1.
+        model: The registered model.
     """
     from mlplatform.serving import releases
 
     connect()
-    releases.canary(version, share)
+    releases.canary(version, share, name=model)
     say(f"version {version} answers {share:.0%} of the users")
 
 
 @release.command(name="promote")
-def release_promote() -> int:
-    """Make the version that is being released the champion, if the gate lets it pass."""
+def release_promote(*, model: str = MODEL_NAME) -> int:
+    """Make the version that is being released the champion, if the gate lets it pass.
+
+    Args:
+        model: The registered model.
+    """
     from mlplatform.serving import releases
 
     connect()
-    outcome = releases.promote()
+    outcome = releases.promote(name=model)
     say(f"version {outcome.version} {outcome.reason}")
     return int(not outcome.promoted)
 
 
 @release.command(name="roll-back")
-def release_roll_back(reason: str, /) -> None:
+def release_roll_back(reason: str, /, *, model: str = MODEL_NAME) -> None:
     """Give the alias back to the version that was champion before.
 
     Args:
         reason: Why, in a few words; the registry records it.
+        model: The registered model.
     """
     from mlplatform.serving import releases
 
     connect()
-    say(f"version {releases.roll_back(reason)} is the champion again")
+    say(f"version {releases.roll_back(reason, name=model)} is the champion again")
 
 
 @release.command(name="end")
-def release_end() -> None:
-    """End a release; the champion answers everybody."""
+def release_end(*, model: str = MODEL_NAME) -> None:
+    """End a release; the champion answers everybody.
+
+    Args:
+        model: The registered model.
+    """
     from mlplatform.serving import releases
 
     connect()
-    releases.end()
+    releases.end(name=model)
     say("the champion answers everybody")
 
 
 @release.command(name="status")
-def release_status() -> None:
-    """Show which versions answer, and how."""
+def release_status(*, model: str = MODEL_NAME) -> None:
+    """Show which versions answer, and how.
+
+    Args:
+        model: The registered model.
+    """
     from mlplatform.serving import releases
 
     connect()
-    record = releases.read()
+    record = releases.read(name=model)
     how = f", challenger {record.challenger} as {record.mode} {record.share or ''}" if record.challenger else ""
     say(f"champion {record.champion}{how}".rstrip())
 

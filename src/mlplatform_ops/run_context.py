@@ -1,4 +1,4 @@
-"""Tag each MLflow run with the `make run` that made it; MLflow finds this class by its entry point."""
+"""Tag each MLflow run with what made it: code, environment, `make run`; MLflow finds this class by its entry point."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import os
 
 from mlflow.tracking.context.abstract_context import RunContextProvider
 
+<<<<<<< HEAD
 from mlplatform_ops.mlflow_rest import RUN_TAG, RUN_VARIABLE
+=======
+from mlplatform.settings import RUN_TAG, RUN_VARIABLE
+from mlplatform_ops import provenance
+>>>>>>> 156630e (Close the loop: drift, retraining, gate, shadow, canary, promotion and roll-back under load, with evidence)
 
 
 class MakeRunContext(RunContextProvider):
-    """Gives the tag while `make run` executes notebooks; outside of it, a run is nobody's but the user's."""
+    """Gives the tags by which a run is trained again, and while `make run` executes notebooks, whose run it is."""
 
     def in_context(self) -> bool:
-        """Say whether this process belongs to a `make run`."""
-        return bool(os.environ.get(RUN_VARIABLE))
+        """Every run is tagged."""
+        return True
 
     def tags(self) -> dict[str, str]:
-        """Give the tag: `host/pid/second of start/digits`."""
-        return {RUN_TAG: os.environ[RUN_VARIABLE]}
+        """Give the tags; that of a `make run` is `host/pid/second of start/digits`."""
+        mine = {RUN_TAG: os.environ[RUN_VARIABLE]} if os.environ.get(RUN_VARIABLE) else {}
+        return {**provenance.tags(), **mine}

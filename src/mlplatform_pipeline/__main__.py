@@ -65,13 +65,14 @@ def batch(*, people: str | None = None, scored_at: str = "2023-09-16", alias: st
 
 
 @app.command
-def retrain(data: str, /, *, alias: str = "champion", seed: int = 42) -> None:
-    """Train again here on a window of labelled rows, and let the registry decide.
+def retrain(data: str, /, *, alias: str = "champion", seed: int = 42, model: str = "income-above-50k") -> None:
+    """Train again here on a window of labelled rows, and ask the gate; prints MLflow's run.
 
     Args:
         data: S3 address of the eight columns and the target.
         alias: Whose estimator is used.
         seed: Of the split.
+        model: The registered model.
     """
     _installed()
     from mlplatform import connect
@@ -79,9 +80,10 @@ def retrain(data: str, /, *, alias: str = "champion", seed: int = 42) -> None:
 
     connect()
     steps.ready()
-    arguments = {"data_uri": data, "alias": alias, "seed": seed}
+    arguments = {"data_uri": data, "alias": alias, "seed": seed, "model": model}
     done = local.run(retraining.retraining, arguments, find_root() / "build" / "pipeline", notify=_say)
-    _say(str(done.outputs["Output"]))
+    _say(str(done.outputs["decision"]))
+    print(done.outputs["run_id"])
 
 
 @app.command(name="compile")

@@ -1,7 +1,11 @@
-"""The retraining pipeline: a new window of labelled rows, a model, and the registry's decision.
+"""The retraining pipeline: a new window of labelled rows, a model, and the gate's decision.
 
-It uses the code of notebooks 2 and 4. A model that is not better by the registry's rule is registered and not promoted.
+It uses the code of notebooks 2 to 4. It moves no alias: a version that passes the gate is released by commands, first
+in the shadow.
 """
+
+from collections import namedtuple
+from typing import NamedTuple
 
 from kfp import dsl
 
@@ -11,47 +15,64 @@ NAME = "income-retraining"
 
 
 @step
-def read_window(data_uri: str) -> str:
-    """Give the digest of the labelled rows."""
+def read_window(data_uri: str, alias: str, model: str) -> NamedTuple(
+    "Window", [("data_digest", str), ("model_version", str)]
+):
+    """Find the digest of the labelled rows and the version that serves."""
+    from collections import namedtuple
+
     from mlplatform_pipeline import steps
 
     steps.ready()
-    return steps.data_digest(data_uri)
+    found = steps.data_digest(data_uri), steps.serving_version(alias, model)
+    return namedtuple("Window", ["data_digest", "model_version"])(*found)
 
 
 @step
-def train(data_uri: str, data_digest: str, alias: str, seed: int) -> str:
+def train(data_uri: str, data_digest: str, alias: str, model_version: str, seed: int, model: str) -> str:
     """Fit the champion's estimator on the window; MLflow's run."""
     from mlplatform_pipeline import steps
 
     steps.ready()
-    return steps.train(data_uri, alias, seed)
+    return steps.train(data_uri, alias, seed, model)
 
 
 @step
-def decide(run_id: str) -> str:
-    """Register the model; the registry's rule decides whether it becomes the champion."""
+def decide(run_id: str, model: str) -> str:
+    """Register the model and ask the gate."""
     from mlplatform_pipeline import steps
 
     steps.ready()
-    return steps.decide(run_id).reason
+    return steps.decide(run_id, model)
 
 
-@dsl.pipeline(name=NAME, description="Train again on a window of labelled rows, and let the registry decide.")
-def retraining(data_uri: str, alias: str = "champion", seed: int = 42) -> str:
-    """Train again on a window of labelled rows, and let the registry decide.
+@dsl.pipeline(name=NAME, description="Train again on a window of labelled rows, and ask the gate.")
+def retraining(data_uri: str, alias: str = "champion", seed: int = 42, model: str = "income-above-50k") -> NamedTuple(
+    "Retrained", [("run_id", str), ("decision", str)]
+):
+    """Train again on a window of labelled rows, and ask the gate.
 
     Args:
         data_uri: The eight columns and the target.
         alias: Whose estimator is used.
         seed: Of the split.
+        model: The registered model.
 
     Returns:
-        The decision, with its reason.
+        MLflow's run, and the decision with its reason.
     """
-    window = on_cluster(read_window(data_uri=data_uri))
+    window = on_cluster(read_window(data_uri=data_uri, alias=alias, model=model))
     window.set_caching_options(False)
-    trained = on_cluster(train(data_uri=data_uri, data_digest=window.output, alias=alias, seed=seed))
-    decided = on_cluster(decide(run_id=trained.output))
+    trained = on_cluster(
+        train(
+            data_uri=data_uri,
+            data_digest=window.outputs["data_digest"],
+            alias=alias,
+            model_version=window.outputs["model_version"],
+            seed=seed,
+            model=model,
+        )
+    )
+    decided = on_cluster(decide(run_id=trained.output, model=model))
     decided.set_caching_options(False)
-    return decided.output
+    return namedtuple("Retrained", ["run_id", "decision"])(trained.output, decided.output)

@@ -26,12 +26,14 @@ from mlplatform.feature_client import SERVICE
 from mlplatform.history import EVENT_TIMESTAMP, USER_ID
 from mlplatform.income import COLUMNS
 from mlplatform.monitoring import drift_watch
-from mlplatform.promotion import gate
+from mlplatform.promotion import evaluation, gate
+from mlplatform.promotion.alias import ask_gate
 from mlplatform.settings import DATASETS_BUCKET, find_root, find_settings
 
 BATCH = "income-batch"
 BATCH_STEPS = ("read_people", "fetch_features", "score", "collect", "summarise")
 EXPERIMENT = "income-batches"
+RETRAINING_EXPERIMENT = "income-retraining"
 PIPELINE_TAG = "pipeline"
 STEPS_TAG = "pipeline_steps"
 INPUTS_TAG = "pipeline_inputs"
@@ -294,35 +296,48 @@ def _crossed(figures: dict[str, float], thresholds: Thresholds) -> str:
     return ""
 
 
-def train(data_uri: str, alias: str, seed: int) -> str:
+def train(data_uri: str, alias: str, seed: int, model: str = registry.MODEL_NAME) -> str:
     """Fit the champion's estimator on a window of labelled rows, as notebook 2 does, and evaluate it for the gate.
+
+    The champion is evaluated on the same rows: how it did on those of its own time says nothing about these.
 
     Args:
         data_uri: The eight columns and the target.
-        alias: Whose estimator is used, with its parameters.
+        alias: Whose estimator is used.
         seed: Of the split.
+        model: The registered model.
 
     Returns:
-        MLflow's run.
+        MLflow's run, in an experiment of its own: notebook 4 compares runs that were tested on the same rows.
 
     Raises:
         DataError: The table is not the income data's shape.
         RegistryError: No version holds the alias.
     """
     frame = income.check_income(objectstore.read_frame(data_uri), name=data_uri)
-    estimator = clone(registry.load_model(alias).named_steps["estimator"])
+    champion, holder = registry.load_model(alias, name=model), drift_watch.champion(alias, name=model)
     training, testing = income.split(frame, seed=seed)
     datasets = tracking.write_datasets(training, testing, frame)
-    mlflow.set_experiment(tracking.EXPERIMENT)
+    mlflow.set_experiment(RETRAINING_EXPERIMENT)
+    estimator = clone(champion.named_steps["estimator"])
     run = tracking.fit_and_log("retrained", estimator, datasets, params={"seed": seed, "window": data_uri})
     with mlflow.start_run(run_id=run.run_id):
-        gate.log(gate.evaluate(run.model, testing, frame))
+        found = gate.evaluate(run.model, testing, frame)
+        gate.log(found, champion=(str(holder.run_id), gate.evaluate_serving(champion, testing, frame, like=found)))
+        mlflow.log_text(evaluation.describe(run.model, testing, name=f"{model}, run {run.name}"), evaluation.CARD_FILE)
     return run.run_id
 
 
-def decide(run_id: str) -> registry.Promotion:
-    """Register a run's model and let the registry's rule decide whether it becomes the champion."""
-    return registry.promote(registry.register(run_id))
+def decide(run_id: str, model: str = registry.MODEL_NAME) -> str:
+    """Register a run's model and ask the gate; a version that passes waits for its release.
+
+    Returns:
+        What the gate said, and what to type next.
+    """
+    version = registry.register(run_id, name=model)
+    outcome = ask_gate(version, name=model)
+    then = f"; release it with 'release shadow {version}'" if outcome.promoted else ""
+    return f"version {version} of {model}: {outcome.reason}{then}"
 
 
 def data_digest(uri: str) -> str:
@@ -332,3 +347,12 @@ def data_digest(uri: str) -> str:
         MissingObjectError: It is not there.
     """
     return hashlib.sha256(objectstore.read_bytes(uri)).hexdigest()[: objectstore.DIGEST_LENGTH]
+
+
+def serving_version(alias: str, model: str) -> str:
+    """Give the number of the version that holds an alias.
+
+    Raises:
+        RegistryError: No version holds it.
+    """
+    return str(drift_watch.champion(alias, name=model).version)

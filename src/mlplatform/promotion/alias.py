@@ -19,6 +19,7 @@ from mlplatform.settings import CHAMPION, MODEL_NAME
 PREVIOUS = "previous"
 HISTORY = "history"  # a tag with this prefix holds one decision about its version, and its time
 TEST_DATA = "test_data"
+RECORDED = "champion"  # on the registered model: the version that took the alias last, by promotion or roll-back
 PENDING = "promotion_pending"  # on a version while the aliases move; one that is left over tells of a process that died
 
 
@@ -90,24 +91,57 @@ def mend(name: str) -> ModelVersion | None:
                 client.set_registered_model_alias(name, PREVIOUS, begun["over"])
                 note(client.get_model_version(name, begun["over"]), f"replaced by version {version.version}")
             note(version, begun["reason"])
+            client.set_registered_model_tag(name, RECORDED, version.version)
         client.delete_model_version_tag(name, version.version, PENDING)
     return champion
 
 
-def judge(challenger: ModelVersion, champion: ModelVersion | None) -> Promotion:
-    """Decide by the test rows that the two versions name and by the evaluations of their runs."""
+def before(champion: ModelVersion) -> ModelVersion | None:
+    """Find the version that served before the champion: the last one promoted, where somebody moved the alias by hand."""
+    client = mlflow.MlflowClient()
+    recorded = client.get_registered_model(champion.name).tags.get(RECORDED, champion.version)
+    if recorded != champion.version:
+        return client.get_model_version(champion.name, recorded)
+    return find(PREVIOUS, name=champion.name)
+
+
+def ask_gate(version: int, *, name: str = MODEL_NAME) -> Promotion:
+    """Ask the gate about a version and record its answer; the alias stays, since a release comes next.
+
+    Args:
+        version: The challenger's number.
+        name: The registered model.
+
+    Returns:
+        What a promotion would decide now.
+
+    Raises:
+        RegistryError: There is no such version, or its run or the champion's has no evaluation.
+    """
+    with mlflow_errors(), lock.exclusive(f"promotion/{name}"):
+        challenger = mlflow.MlflowClient().get_model_version(name, str(version))
+        outcome = judge(challenger, mend(name), passed="passes the gate")
+        note(challenger, outcome.reason)
+    return outcome
+
+
+def judge(challenger: ModelVersion, champion: ModelVersion | None, *, passed: str = "promoted") -> Promotion:
+    """Decide by the evaluations of the two versions' runs, both on the same test rows."""
     version, holder = int(challenger.version), int(champion.version) if champion else None
     if holder == version:
         return Promotion(False, version, holder, f"version {version} is the champion already")
-    if champion is not None and challenger.tags.get(TEST_DATA) != champion.tags.get(TEST_DATA):
+    if champion is None:
+        rival = None
+    elif challenger.tags.get(TEST_DATA) == champion.tags.get(TEST_DATA):
+        rival = gate.read(str(champion.run_id))
+    elif (rival := gate.read_champion(str(challenger.run_id), str(champion.run_id))) is None:
         reason = f"not promoted: tested on other rows than champion {holder}, so the scores cannot be compared"
         return Promotion(False, version, holder, reason)
-    before = gate.read(str(champion.run_id)) if champion else None
-    broken, figures = gate.check(gate.read(str(challenger.run_id)), before)
+    broken, figures = gate.check(gate.read(str(challenger.run_id)), rival)
     against = f"against champion {holder}" if champion else "there was no champion"
     if broken:
         return Promotion(False, version, holder, f"not promoted, {against}: {'; '.join(broken)}")
-    return Promotion(True, version, holder, f"promoted, {against}: {figures}")
+    return Promotion(True, version, holder, f"{passed}, {against}: {figures}")
 
 
 def note(version: ModelVersion, text: str) -> None:

@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 from sklearn.base import BaseEstimator, clone
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import roc_auc_score
+from sklearn.inspection import permutation_importance
+from sklearn.metrics import log_loss, precision_score, recall_score, roc_auc_score
 from sklearn.model_selection import RepeatedStratifiedKFold
+from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
-from mlplatform.modeling import labels, make_encoder
+from mlplatform.income import COLUMNS
+from mlplatform.modeling import labels, make_encoder, probabilities
 
 GROUPS = ("Sex", "Race")
 CARD_FILE = "model_card.md"
@@ -75,6 +78,21 @@ def fold_scores(
     return result
 
 
+def fitted_fold_scores(model: Pipeline, frame: pd.DataFrame, *, like: Mapping[str, int]) -> list[float]:
+    """Score a model as it is on the parts that `fold_scores` holds back, so that the two compare fold by fold.
+
+    A model that serves already is asked how it does on rows of a later time; it is not fitted again.
+
+    Args:
+        model: A fitted pipeline.
+        frame: The rows that `fold_scores` divided, with the target.
+        like: What names these folds: the `attrs` of its result.
+    """
+    truth, answers = labels(frame), probabilities(model, frame)
+    parts = RepeatedStratifiedKFold(n_splits=like["folds"], n_repeats=like["repeats"], random_state=like["seed"])
+    return [float(roc_auc_score(truth[held], answers[held])) for _, held in parts.split(frame, truth)]
+
+
 def paired_interval(difference: NDArray[np.float64], *, folds: int) -> tuple[float, float, float]:
     """Give mean, lower and upper end of the 95 % interval of a difference between two models on repeated folds.
 
@@ -89,3 +107,40 @@ def paired_interval(difference: NDArray[np.float64], *, folds: int) -> tuple[flo
 def model_card(**results: object) -> str:
     """Fill the template model_card.md beside this file, whose every figure is a result."""
     return Path(__file__).with_name(CARD_FILE).read_text().format(**results)
+
+
+def describe(model: Pipeline, test: pd.DataFrame, *, name: str, miss: float = 3.0, false_alarm: float = 1.0) -> str:
+    """Write the model card of a model, as notebook 3 does step by step.
+
+    Args:
+        model: A fitted pipeline.
+        test: The rows held back, with the target.
+        name: What the card calls it.
+        miss: Cost of a high earner who is not found.
+        false_alarm: Cost of acting on somebody who earns less.
+    """
+    truth, probability = labels(test), probabilities(model, test)
+    chosen = probability > 0.5
+    shuffled = permutation_importance(
+        model, test[list(COLUMNS)], truth, scoring="roc_auc", n_repeats=3, random_state=0, n_jobs=1
+    )
+    importance = pd.Series(shuffled.importances_mean, index=list(COLUMNS)).sort_values(ascending=False).head(3)
+    recall = recall_score(truth, chosen)
+    shares = [
+        f"- {g.column} {g.group}: {g.true_positive_rate:.3f} ({g.low:.3f} to {g.high:.3f}), {g.positives} people"
+        for g in group_rates(test, probability).itertuples()
+    ]
+    return model_card(
+        name=name,
+        rows=len(test),
+        roc_auc=roc_auc_score(truth, probability),
+        precision=precision_score(truth, chosen),
+        recall=recall,
+        missed=1 - recall,
+        log_loss=log_loss(truth, probability),
+        calibration_error=calibration_error(truth, probability),
+        threshold=false_alarm / (false_alarm + miss),
+        importance=", ".join(f"{column} {loss:.3f}" for column, loss in importance.items()),
+        groups="\n".join(shares),
+        costs=f"a miss costs {miss:g} and a false alarm {false_alarm:g}",
+    )

@@ -17,9 +17,16 @@ from sklearn.pipeline import Pipeline
 
 from mlplatform.errors import RegistryError
 from mlplatform.modeling import labels, probabilities
-from mlplatform.promotion.evaluation import calibration_error, fold_scores, group_rates, paired_interval
+from mlplatform.promotion.evaluation import (
+    calibration_error,
+    fitted_fold_scores,
+    fold_scores,
+    group_rates,
+    paired_interval,
+)
 
 FILE = "evaluation.json"
+RIVAL_FILE = "evaluation_of_champion.json"  # the same of the version that served when the model was trained
 RULES: Mapping[str, Any] = tomllib.loads(Path(__file__).with_name("gate.toml").read_text())
 
 
@@ -57,21 +64,45 @@ def evaluate(model: Pipeline, test: pd.DataFrame, frame: pd.DataFrame, *, seed: 
         frame: All rows, with the target.
         seed: Number that fixes the folds; two models can be compared only if theirs is the same.
     """
+    scores = fold_scores({"model": model.named_steps["estimator"]}, frame, seed=seed)
+    folds = {str(key): int(value) for key, value in scores.attrs.items()}
+    return _evaluation(model, test, folds, scores["model"].tolist())
+
+
+def evaluate_serving(model: Pipeline, test: pd.DataFrame, frame: pd.DataFrame, *, like: Evaluation) -> Evaluation:
+    """Evaluate the model that serves, as it is, on the rows and folds of a challenger of a later time.
+
+    Args:
+        model: The fitted pipeline that serves.
+        test: The challenger's test rows.
+        frame: All of the challenger's rows.
+        like: The challenger's evaluation.
+    """
+    return _evaluation(model, test, like.folds, fitted_fold_scores(model, frame, like=like.folds))
+
+
+def _evaluation(model: Pipeline, test: pd.DataFrame, folds: dict[str, int], fold_auc: list[float]) -> Evaluation:
     probability = probabilities(model, test)
     rates = group_rates(test, probability)
-    scores = fold_scores({"model": model.named_steps["estimator"]}, frame, seed=seed)
     return Evaluation(
         rows=len(test),
         calibration_error=calibration_error(labels(test), probability),
         groups=[{str(key): value for key, value in row.items()} for row in rates.to_dict("records")],
-        folds={str(key): int(value) for key, value in scores.attrs.items()},
-        fold_auc=scores["model"].tolist(),
+        folds=folds,
+        fold_auc=fold_auc,
     )
 
 
-def log(evaluation: Evaluation) -> None:
-    """Write an evaluation to the active run: as JSON for the gate, its main figures as metrics for readers."""
+def log(evaluation: Evaluation, *, champion: tuple[str, Evaluation] | None = None) -> None:
+    """Write an evaluation to the active run: as JSON for the gate, its main figures as metrics for readers.
+
+    Args:
+        evaluation: The evaluation of the run's model.
+        champion: The run of the version that serves and its evaluation on the same rows, where its own were others.
+    """
     mlflow.log_dict(asdict(evaluation), FILE)
+    if champion is not None:
+        mlflow.log_dict({"run_id": champion[0], **asdict(champion[1])}, RIVAL_FILE)
     worst = evaluation.worst_group["true_positive_rate"]
     figures = {"calibration_error": evaluation.calibration_error, "worst_group_recall": worst}
     mlflow.log_metrics({f"evaluation_{name}": float(value) for name, value in figures.items()})
@@ -87,6 +118,15 @@ def read(run_id: str) -> Evaluation:
         return Evaluation(**json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/{FILE}")))
     except (MlflowException, OSError, TypeError, ValueError) as error:
         raise RegistryError(f"run {run_id} has no evaluation; run notebook 03_evaluate_models") from error
+
+
+def read_champion(run_id: str, champion_run: str) -> Evaluation | None:
+    """Read what a run says of the version that served when it was trained; none if it says nothing of that version."""
+    try:
+        found = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/{RIVAL_FILE}"))
+        return Evaluation(**found) if found.pop("run_id") == champion_run else None
+    except (MlflowException, OSError, TypeError, ValueError, KeyError):
+        return None
 
 
 def check(challenger: Evaluation, champion: Evaluation | None) -> tuple[list[str], str]:
