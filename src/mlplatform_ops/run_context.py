@@ -6,12 +6,8 @@ import os
 
 from mlflow.tracking.context.abstract_context import RunContextProvider
 
-<<<<<<< HEAD
-from mlplatform_ops.mlflow_rest import RUN_TAG, RUN_VARIABLE
-=======
-from mlplatform.settings import RUN_TAG, RUN_VARIABLE
 from mlplatform_ops import provenance
->>>>>>> 156630e (Close the loop: drift, retraining, gate, shadow, canary, promotion and roll-back under load, with evidence)
+from mlplatform_ops.mlflow_rest import RUN_TAG, RUN_VARIABLE
 
 
 class MakeRunContext(RunContextProvider):

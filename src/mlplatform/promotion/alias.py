@@ -97,7 +97,7 @@ def mend(name: str) -> ModelVersion | None:
 
 
 def before(champion: ModelVersion) -> ModelVersion | None:
-    """Find the version that served before the champion: the last one promoted, where somebody moved the alias by hand."""
+    """Find the version that served before: the one promoted last, if somebody moved the alias by hand."""
     client = mlflow.MlflowClient()
     recorded = client.get_registered_model(champion.name).tags.get(RECORDED, champion.version)
     if recorded != champion.version:

@@ -183,7 +183,7 @@ def decision(record: Record, name: str, against: str) -> dict[str, Any]:
 def load(record: Record, name: str) -> Pipeline:
     """Load one version of the loop, verified."""
     with TemporaryDirectory() as folder:
-        return signing.load(registry.fetch_verified(_version(record, name), Path(folder)))
+        return signing.load(signing.fetch_verified(_version(record, name), Path(folder)))
 
 
 def _version(record: Record, name: str) -> Any:
