@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -362,6 +363,8 @@ def loop(*, seed: int = 1, requests: int = 5_000) -> int:
     for group in GROUPS:
         require_group(group, what="the loop")
     began = time.monotonic()
+    # The endpoint that it starts must end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with _platform("embedded", CURRENT, ()):
         folder = loops.run(seed, main, sizes=loops.Sizes(requests=requests), notify=say)
     print(folder)

@@ -40,3 +40,14 @@ def test_the_endpoint_refused_what_it_must_refuse(served: dict[str, Any]) -> Non
 def test_the_compiled_model_is_used_and_costs_less_than_the_pipeline(served: dict[str, Any]) -> None:
     assert served["compiled"]
     assert served["cpu_ms"]["compiled"] < served["cpu_ms"]["pipeline"]
+
+
+def test_an_endpoint_that_is_down_is_named_in_the_notebook_with_what_starts_it(
+    executed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL_ENDPOINT_URL", "http://127.0.0.1:9")
+    (execution,) = runner.run_all([NOTEBOOK], tmp_path)
+    assert (
+        "ServiceDownError: the endpoint at http://127.0.0.1:9 does not answer; run 'make serve-model'"
+        in execution.error
+    )

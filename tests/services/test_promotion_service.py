@@ -21,7 +21,7 @@ from mlplatform import income, modeling, objectstore, registry, tracking
 from mlplatform.connection import s3_client
 from mlplatform.errors import RegistryError, UntrustedModelError
 from mlplatform.promotion import lock, signing
-from mlplatform.promotion.alias import PENDING, PREVIOUS
+from mlplatform.promotion.alias import PENDING, PREVIOUS, ask_gate
 from mlplatform.settings import ARTIFACTS_BUCKET, Settings
 
 CSV = Path(__file__).parents[2] / "data" / "income_data.csv"
@@ -255,6 +255,34 @@ def test_an_alias_moved_by_hand_to_an_unsigned_version_loads_nothing(
     mlflow.MlflowClient().set_model_version_tag(name, str(other), signing.TAG, signature)
     with pytest.raises(UntrustedModelError, match="version 2 is not what was signed"):
         registry.load_model(name=name)
+
+
+def test_after_an_alias_was_moved_by_hand_a_roll_back_gives_the_version_promoted_last(
+    trained: list[str], name: str
+) -> None:
+    for run_id in trained[:3]:
+        registry.promote(registry.register(run_id, name=name), name=name)
+    client = mlflow.MlflowClient()
+    client.set_registered_model_alias(name, registry.CHAMPION, "1")
+    # `previous` is version 2, and version 3 is the one that this hand replaced.
+    assert holder(PREVIOUS, name) == 2
+    assert registry.rollback("moved by hand", name=name).version == 3
+    assert holder(registry.CHAMPION, name) == 3
+
+
+def test_asking_the_gate_moves_no_alias_and_writes_down_what_it_said(trained: list[str], name: str) -> None:
+    registry.promote(registry.register(trained[1], name=name), name=name)
+    for run_id, passes, said in (
+        (trained[2], True, "passes the gate, against champion 1: "),
+        (trained[0], False, "not "),
+    ):
+        version = registry.register(run_id, name=name)
+        outcome = ask_gate(version, name=name)
+        assert outcome.promoted is passes
+        assert holder(registry.CHAMPION, name) == 1
+        events = registry.decisions(name=name)
+        assert events[events["version"] == version]["event"].tolist() == [outcome.reason]
+        assert outcome.reason.startswith(said)
 
 
 def test_promotion_signs_only_what_the_training_run_logged(trained: list[str], name: str) -> None:

@@ -357,6 +357,26 @@ def test_without_a_champion_it_is_alive_not_ready_and_says_why(platform: Setting
             model_client.predict_users(["x"], environ=environ)
 
 
+def test_an_alias_moved_to_an_unsigned_version_is_not_followed_and_the_old_one_goes_on(url: str, name: str):
+    data = tracking.write_datasets(*(income.read_income(ROOT / "data" / "income_data.csv").head(500) for _ in range(3)))
+    mlflow.set_experiment(f"test-{uuid4()}")
+    run = tracking.fit_and_log("unsigned", XGBClassifier(n_estimators=2, max_depth=1, n_jobs=1), data)
+    version = registry.register(run.run_id, name=name)
+    champion = releases.read(name=name).champion
+    client = mlflow.MlflowClient()
+    client.set_registered_model_alias(name, "champion", str(version))
+    try:
+        with endpoint(name) as fresh:
+            environ = {"MODEL_ENDPOINT_URL": fresh, "MODEL_ENDPOINT_TOKEN": TOKEN}
+            _until(lambda: "is not signed" in model_client.readiness(environ), "nobody said why there is no model")
+            assert post(fresh, "predict", {"people": [PERSON]}).status_code == 503
+        # The one that runs has had the time to look many times.
+        assert post(url, "predict", {"people": [PERSON]}).json()["model_version"] == champion
+    finally:
+        client.set_registered_model_alias(name, "champion", str(champion))
+        client.delete_model_version(name, str(version))
+
+
 def test_an_endpoint_that_is_down_or_unnamed_is_named_with_what_to_run():
     for environ in ({"MODEL_ENDPOINT_URL": "http://127.0.0.1:9"}, {}):
         with pytest.raises(ServiceDownError, match="run 'make serve-model'"):
