@@ -233,6 +233,7 @@ def drift(
     *,
     batch: str | None = None,
     days: int | None = None,
+    without_report: bool = False,
     platform: PlatformName = "embedded",
     target: Target = CURRENT,
 ) -> int:
@@ -241,6 +242,7 @@ def drift(
     Args:
         batch: S3 address of the rows to judge; by default the endpoint's log, or else the newest batch.
         days: How far back the endpoint's log is read; all of it by default.
+        without_report: Whether to do without Evidently's page, and so without Evidently.
         platform: Where; env is the platform that the environment's variables name.
         target: Which cluster, for k8s.
     """
@@ -248,12 +250,13 @@ def drift(
         from mlplatform.monitoring import drift_watch
 
         source, rows = drift_watch.find_batch(batch, days=days)
-        watched = drift_watch.watch(rows, source=source)
+        watched = drift_watch.watch(rows, source=source, report=not without_report)
     page = find_root() / "build" / "drift.prom"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(drift_watch.prometheus_text(watched))
     say(str(watched))
-    say(f"run {watched.run_id} of MLflow's experiment {drift_watch.EXPERIMENT} has the report, {drift_watch.REPORT}")
+    kept = drift_watch.VERDICT if without_report else drift_watch.REPORT
+    say(f"run {watched.run_id} of MLflow's experiment {drift_watch.EXPERIMENT} has {kept}")
     return ALARM_STATUS if watched.alarm else 0
 
 

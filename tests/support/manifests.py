@@ -72,7 +72,12 @@ def of_kind(manifests: Iterable[Manifest], *kinds: str) -> list[Manifest]:
 
 
 def workloads(manifests: Iterable[Manifest]) -> list[Manifest]:
-    return of_kind(manifests, "Deployment", "StatefulSet", "Job")
+    """Give what makes pods; a CronJob counts as the Job that it makes."""
+    chosen = of_kind(manifests, "Deployment", "StatefulSet", "Job", "CronJob")
+    return [
+        entry | {"kind": "Job", "spec": entry["spec"]["jobTemplate"]["spec"]} if entry["kind"] == "CronJob" else entry
+        for entry in chosen
+    ]
 
 
 def pod_spec(workload: Manifest) -> dict[str, Any]:
