@@ -35,6 +35,8 @@ from mlplatform_ops.cli import main
 
 ROOT = Path(__file__).parents[2]
 SEED = 1
+# The first test waits for the whole loop; where ten other things run, that takes half an hour.
+pytestmark = pytest.mark.timeout(3_600)
 STEPS = ["champion", "equal", "shifted", "retrain", "gate", "shadow", "canary starts", "promote", "rollback"]
 
 
