@@ -456,7 +456,7 @@ def test_another_result_is_called_different(found: dict[str, Any], capsys: pytes
 
 
 def test_make_rollback_gives_the_alias_back(found: dict[str, Any], record: dict[str, Any]) -> None:
-    words = ["make", "-s", "rollback", "REASON=tried by a test", f"MODEL={record['name']}"]
+    words = ["make", "-s", "--old-file=.venv/.ready", "rollback", "REASON=tried by a test", f"MODEL={record['name']}"]
     for version in (3, 2):  # the version before the last one, and back
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
