@@ -176,7 +176,8 @@ class EmbeddedPlatform:
         Raises:
             ServiceDownError: No space is left.
         """
-        with suppress(FileNotFoundError):
+        # What starts the servers makes the folder, or says why it cannot.
+        with suppress(FileNotFoundError, NotADirectoryError):
             if shutil.disk_usage(self.state).free < LEAST_FREE_BYTES:
                 raise ServiceDownError(
                     f"no space left in {self.state}; free some, then type this again: the servers go on by themselves"
