@@ -428,7 +428,8 @@ def test_a_run_that_cannot_be_trained_again_is_refused_in_one_line(
     uri = objectstore.write_frame(frame, f"s3://mlflow-datasets/test-{uuid4()}/gone.parquet")
     with mlflow.start_run() as run:
         for context in ("training", "testing"):
-            mlflow.log_input(mlflow.data.from_pandas(frame, source=uri, targets="Target"), context=context)
+            data = mlflow.data.from_pandas(frame, source=uri, targets="Target", name=context)
+            mlflow.log_input(data, context=context)
         mlflow.log_param("estimator", "XGBClassifier")
     bucket, key = objectstore.split_uri(uri)
     objectstore._default_client().delete_object(Bucket=bucket, Key=key)
