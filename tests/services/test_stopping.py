@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
 from mlflow import MlflowClient
-from small_disk import Disk, small_disk
 
 from mlplatform.settings import Settings
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
@@ -22,7 +22,6 @@ from mlplatform_ops.mlflow_rest import RUN_TAG
 
 ROOT = Path(__file__).parents[2]
 BOUND_S = 120
-COMMAND = [sys.executable, "-m", "mlplatform_ops", "run"]
 CONNECT = "from mlplatform import connect\nconnect()\nimport mlflow\nmlflow.set_experiment('stopped')"
 WAIT = """import time, pathlib
 with mlflow.start_run() as run:
@@ -55,12 +54,9 @@ def start(clone: Path, embedded: EmbeddedPlatform, platform: Settings, tmp_path:
     started = []
     (tmp_path / "tmp").mkdir()
 
-    def start(*arguments: str, enter: Sequence[str] = ()) -> subprocess.Popen[str]:
-        inside = f"import os; os.chdir({str(clone)!r}); from mlplatform_ops.cli import main; raise SystemExit(main())"
-        # From another namespace the platform's processes cannot be looked at.
-        program = [*enter, sys.executable, "-c", inside, "run", "--platform", "env"] if enter else COMMAND
+    def start(*arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [*program, *arguments],
+            [sys.executable, "-m", "mlplatform_ops", "run", *arguments],
             cwd=clone,
             env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
             stdout=subprocess.PIPE,
@@ -149,22 +145,28 @@ def test_two_runs_at_once_write_to_two_folders(clone: Path, start: Start) -> Non
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Disk]:
-    with small_disk(tmp_path / "small", size="1m") as made:
-        yield made
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB, which only root can make."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if os.getuid() != 0 or not Path("/bin/mount").exists():
+        pytest.fail("a full disk needs root and mount, as in CI")
+    subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["/bin/umount", "--lazy", folder], check=True)
 
 
-def test_a_full_output_folder_is_named_and_an_earlier_copy_stays(clone: Path, start: Start, small: Disk) -> None:
+def test_a_full_output_folder_is_named_and_an_earlier_copy_stays(clone: Path, start: Start, small: Path) -> None:
     write(clone, "01_writes", "print('kept')")
-    output = ("--output", str(small.folder))
-    assert start(*output, enter=small.enter).wait(BOUND_S) == 0
-    kept = small.read("01_writes.ipynb")
-    assert "kept" in kept
-    small.fill()
-    said, _ = (run := start(*output, enter=small.enter)).communicate(timeout=BOUND_S)
+    assert start("--output", str(small)).wait(BOUND_S) == 0
+    kept = (small / "01_writes.ipynb").read_text()
+    with (small / "fill").open("wb", buffering=0) as fill, suppress(OSError):
+        while True:
+            fill.write(b"x" * 4096)
+    output, _ = (run := start("--output", str(small))).communicate(timeout=BOUND_S)
     assert run.returncode == 1
-    assert f"cannot write to {small.folder}: No space left on device" in said
-    assert "Traceback" not in said
-    assert small.read("01_writes.ipynb") == kept
-    small.free()
-    assert start(*output, enter=small.enter).wait(BOUND_S) == 0
+    assert f"cannot write to {small}: No space left on device" in output
+    assert "Traceback" not in output
+    assert (small / "01_writes.ipynb").read_text() == kept
+    (small / "fill").unlink()
+    assert start("--output", str(small)).wait(BOUND_S) == 0
