@@ -288,7 +288,7 @@ def run(
         parameters: NOTEBOOK:NAME=VALUE sets a parameter; may be repeated.
         every: Whether to run those too that need a group of packages of their own.
         fresh: Whether to run those too of which nothing has changed since they last ran.
-        output: The folder for executed copies, build/notebooks by default; another holds the site too.
+        output: The folder for executed copies, build/notebooks by default; of another no site is made.
         platform: Where; env is the platform that the environment's variables name.
         target: Which cluster, for k8s.
         engine: Who computes history and materialises; as in features.
@@ -341,7 +341,8 @@ def run(
         unchanged.stamp_all(executions, chosen, settings, root=root, parameters=given)
         executions = sorted([*executions, *kept], key=lambda execution: execution.name)
         _summarise(executions, settings, platform)
-        _build_site(folder, root / "build" / "site" if folder == root / "build" / "notebooks" else folder / "site")
+        if folder == root / "build" / "notebooks":
+            _build_site(folder, root / "build" / "site")
     return int(any(execution.error or execution.skipped for execution in executions))
 
 

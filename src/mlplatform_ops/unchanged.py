@@ -136,7 +136,7 @@ def _parts(path: Path, parameters: Mapping[str, object], settings: Settings, roo
         "parameters": _digest(json.dumps(parameters, sort_keys=True, default=str).encode()),
         "python": sys.version,
         "the platform": _digest(f"{settings.s3_endpoint} {settings.access_key} {settings.tracking_uri}".encode()),
-        **{str(file.relative_to(root)): _digest(file.read_bytes()) for file in files},
+        **{str(file.relative_to(root)): _digest(file.read_bytes()) for file in files if file.is_file()},
     }
 
 
