@@ -192,7 +192,7 @@ def test_no_acknowledged_change_is_lost_among_many_that_are_killed(platform: Set
 
     workers = {("apply" if n < 8 else "load", n): None for n in range(16)}
     running = {key: start(*key) for key in workers}
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 540
     try:
         while len(done()) < 2_000 and time.monotonic() < deadline:
             time.sleep(2)
@@ -206,7 +206,7 @@ def test_no_acknowledged_change_is_lost_among_many_that_are_killed(platform: Set
             process.kill()
             process.wait()
     operations = done()
-    assert len(operations) >= 2_000, f"{len(operations)} operations in four minutes"
+    assert len(operations) >= 2_000, f"{len(operations)} operations in nine minutes"
     refused = [line for line in operations if line[0] == "refused"]
     assert not [line for line in refused if line[1] != "LostRaceError"], refused[:3]
     applied = {line[1] for line in operations if line[0] == "applied"}

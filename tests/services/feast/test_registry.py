@@ -62,7 +62,7 @@ def read_by(reader: str, repo: Path) -> subprocess.CompletedProcess[str]:
         command = [str(Path(sys.executable).parent / "feast"), "feature-views", "list"]
     else:
         command = [sys.executable, "-c", f"import pathlib, sys; {READERS[reader]}"]
-    return subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.mark.parametrize("reader", ["notebook", "UI", "feature server", "feast"])
@@ -104,7 +104,7 @@ def test_every_reader_refuses_a_registry_without_digest_in_one_line(repo: Path, 
 def test_a_registry_of_earlier_gets_its_digest_by_one_command(repo: Path):
     objectstore.write_bytes(verified(objectstore.read_bytes(uri(repo)), ""), uri(repo))
     command = [sys.executable, "-m", "mlplatform.feast_plugins.registry_store", str(repo)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout.endswith("has a digest now\n"), done.stderr
     assert features.open_store(repo).list_feature_views()
 
@@ -113,7 +113,7 @@ def test_signing_refuses_code_too(repo: Path, tmp_path: Path):
     mark = tmp_path / "was-run"
     objectstore.write_bytes(with_function(objectstore.read_bytes(uri(repo)), repo, mark), uri(repo))
     command = [sys.executable, "-m", "mlplatform.feast_plugins.registry_store", str(repo)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode
     assert "brings code that feature_repo does not have" in done.stderr
     assert not mark.exists()
@@ -136,7 +136,7 @@ def loud(inputs: pd.DataFrame) -> pd.DataFrame:
 def test_a_function_that_the_repository_brings_is_handed_on_with_the_repositorys_own_pickle(repo: Path, tmp_path: Path):
     (repo / "loud.py").write_text(FUNCTION)
     feast = str(Path(sys.executable).parent / "feast")
-    applied = subprocess.run([feast, "apply"], cwd=repo, capture_output=True, text=True, check=False, timeout=120)
+    applied = subprocess.run([feast, "apply"], cwd=repo, capture_output=True, text=True, check=False, timeout=300)
     assert applied.returncode == 0, applied.stderr
     registry = Registry.FromString(verified(objectstore.read_bytes(uri(repo)), ""))
     function = registry.on_demand_feature_views[0].spec.feature_transformation.user_defined_function
@@ -154,7 +154,7 @@ def test_a_function_that_the_repository_brings_is_handed_on_with_the_repositorys
     (repo / "loud.py").write_text(FUNCTION.replace("upper", "lower"))
     with pytest.raises(RegistryError, match="brings code that feature_repo does not have, in registry/loud"):
         features.open_store(repo)
-    applied = subprocess.run([feast, "apply"], cwd=repo, capture_output=True, text=True, check=False, timeout=120)
+    applied = subprocess.run([feast, "apply"], cwd=repo, capture_output=True, text=True, check=False, timeout=300)
     assert applied.returncode == 0, applied.stderr
     assert features.open_store(repo).list_on_demand_feature_views()
 
