@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 from uuid import uuid4
 
 from kfp import local
+from kfp.local import subprocess_task_handler
 
 from mlplatform.errors import PlatformError
 
@@ -69,7 +71,7 @@ def run(
     )
     said = _Lines(notify)
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _once(pipeline), _quiet():
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _once(pipeline), _quiet(), _quoted():
             finished = pipeline(**arguments)
     except RuntimeError as error:
         raise PipelineError(f"{pipeline.name}: {_reason(said.getvalue())}") from error
@@ -117,6 +119,17 @@ def _once(pipeline: Any) -> Iterator[None]:
         yield
     finally:
         spec.CopyFrom(kept)
+
+
+@contextlib.contextmanager
+def _quoted() -> Iterator[None]:
+    """Let the interpreter lie in a folder with a space: the runner puts its path into a line of the shell as it is."""
+    replace = subprocess_task_handler.replace_python_executable
+    subprocess_task_handler.replace_python_executable = lambda command, python: replace(command, shlex.quote(python))
+    try:
+        yield
+    finally:
+        subprocess_task_handler.replace_python_executable = replace
 
 
 @contextlib.contextmanager

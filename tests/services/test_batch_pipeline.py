@@ -96,6 +96,30 @@ def test_parts_that_are_not_everybody_are_refused(platform: Settings) -> None:
         steps.collect(people, "s3://b/f", "digest", "1", [part])
 
 
+@pytest.fixture
+def local_runner() -> Any:
+    """Runs a pipeline of one step on this machine."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from doubling import doubling
+
+        from mlplatform_pipeline import local
+    return lambda root: local.run(doubling, {"number": 21}, root)
+
+
+def test_a_pipeline_runs_where_the_environments_path_has_a_space(
+    local_runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "a folder" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert local_runner(tmp_path / "root").outputs == {"Output": 42}
+
+
 def test_kfp_runs_with_the_versions_of_the_lock_though_its_own_bounds_are_older() -> None:
     locked = (ROOT / "requirements.lock").read_text()
     for package in ("protobuf", "kubernetes", "requests", "urllib3"):
