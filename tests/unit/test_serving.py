@@ -143,9 +143,11 @@ def test_the_key_of_a_user_is_the_one_that_feast_makes():
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
     from feast.protos.feast.types.Value_pb2 import Value
 
+    from mlplatform.feast_plugins.online_hashes import HashNames
+
     for user in ("a-user", "Übergröße", "x" * 300):
         key = EntityKey(join_keys=["user_id"], entity_values=[Value(string_val=user)])
-        assert online_reader._key(user, "income") == serialize_entity_key(key, 3) + b"income"
+        assert HashNames("user_id", "income")([user.encode()]) == [serialize_entity_key(key, 3) + b"income"]
 
 
 def test_a_share_of_users_is_the_canarys_and_a_larger_share_keeps_them():

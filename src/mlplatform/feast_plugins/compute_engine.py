@@ -7,7 +7,6 @@ is byte for byte what Feast would have written.
 
 from __future__ import annotations
 
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +18,8 @@ from feast import BatchFeatureView, FeatureView, FileSource, RepoConfig, StreamF
 from feast.infra.common.materialization_job import MaterializationJobStatus, MaterializationTask
 from feast.infra.compute_engines.local.compute import LocalComputeEngine, LocalComputeEngineConfig
 from feast.infra.compute_engines.local.job import LocalMaterializationJob
-from feast.infra.key_encoding_utils import serialize_entity_key_prefix
 from feast.infra.online_stores.helpers import _redis_key
 from feast.infra.registry.base_registry import BaseRegistry
-from feast.protos.feast.types.Value_pb2 import ValueType as ValueTypeProto
 from feast.type_map import python_values_to_proto_values
 from feast.utils import _build_entity_keys, _columns_to_proto_values, _get_column_names, _validate_vector_field_lengths
 from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]
@@ -30,6 +27,7 @@ from pydantic import StrictStr
 
 from mlplatform.feast_plugins import distributed
 from mlplatform.feast_plugins.offline_store import S3DuckDBOfflineStore
+from mlplatform.feast_plugins.online_hashes import HashNames
 from mlplatform.feast_plugins.online_store import ExpiringRedisOnlineStore
 from mlplatform.feast_plugins.parquet_source import ARROW_TYPES, ParquetFile, as_declared
 
@@ -192,12 +190,8 @@ def _redis_keys(config: RepoConfig, view: FeatureView, batch: pa.RecordBatch) ->
     if list(kinds.values()) != [ValueType.STRING] or version != 3:
         protos = _build_entity_keys(batch.num_rows, kinds, _columns_to_proto_values(batch, list(kinds.items())))
         return [_redis_key(config.project, key, entity_key_serialization_version=version) for key in protos]
-    # Version 3: the key's name, then type, length and text of the id, then the project.
     name = view.entity_columns[0].name
-    start = serialize_entity_key_prefix([name]) + struct.pack("<I", ValueTypeProto.STRING)
-    end = config.project.encode()
-    encoded = [str(key).encode() for key in batch.column(name).to_pylist()]
-    return [b"".join((start, struct.pack("<I", len(key)), key, end)) for key in encoded]
+    return HashNames(name, config.project)([str(key).encode() for key in batch.column(name).to_pylist()])
 
 
 def _timestamps(times: pa.Array) -> list[Timestamp]:

@@ -7,7 +7,6 @@ called is worked out once. Whatever else is asked goes to Feast's own code: `pla
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,14 +14,14 @@ from typing import Any
 
 import feast.metrics
 from feast import FeatureService, FeatureView, RepoConfig, ValueType, utils
-from feast.infra.key_encoding_utils import serialize_entity_key_prefix
 from feast.infra.online_stores.helpers import _mmh3
 from feast.infra.online_stores.online_store import OnlineStore
 from feast.infra.online_stores.redis import RedisOnlineStoreConfig, RedisType
 from feast.online_response import OnlineResponse
 from feast.protos.feast.serving.ServingService_pb2 import FieldStatus, GetOnlineFeaturesResponse
-from feast.protos.feast.types.Value_pb2 import ValueType as ValueTypeProto
 from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]
+
+from mlplatform.feast_plugins.online_hashes import HashNames, read_hashes
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +30,7 @@ class OnlinePlan:
 
     Attributes:
         key: The join key of all views, such as `user_id`.
-        start: How each key of the online store begins, before length and text of the id.
-        end: How it ends: the project.
+        hashes: Names the hash of each id.
         fields: What is read from each hash: each view's event time, then the features.
         views: For each feature the place of its view's event time.
         head: The answer's names: the key, then the features, as a part of the answer's message.
@@ -40,8 +38,7 @@ class OnlinePlan:
     """
 
     key: str
-    start: bytes
-    end: bytes
+    hashes: HashNames
     fields: Sequence[str | bytes]
     views: Sequence[int]
     head: bytes
@@ -50,13 +47,7 @@ class OnlinePlan:
     def read(self, client: Any, ids: Sequence[str]) -> OnlineResponse:
         """Read the features of some keys, in the order asked."""
         encoded = [text.encode() for text in ids]
-        keys = [b"".join((self.start, struct.pack("<I", len(text)), text, self.end)) for text in encoded]
-        if len(keys) == 1:
-            return self._answer(encoded, [client.execute_command("HMGET", keys[0], *self.fields)])
-        pipeline = client.pipeline(transaction=False)
-        for key in keys:
-            pipeline.execute_command("HMGET", key, *self.fields)
-        return self._answer(encoded, pipeline.execute())
+        return self._answer(encoded, read_hashes(client, self.hashes(encoded), self.fields))
 
     def _answer(self, ids: Sequence[bytes], rows: Sequence[Sequence[bytes | None]]) -> OnlineResponse:
         # What the store holds are messages already, so the answer is put together as bytes and parsed once.
@@ -145,14 +136,13 @@ def _plan(
         return None
     if set(names) != set(requested):
         return None
-    start = serialize_entity_key_prefix([key]) + struct.pack("<I", ValueTypeProto.STRING)
     moments = [f"_ts:{view.name}" for view, _ in grouped]
     fields = [_mmh3(f"{view.name}:{name}") for view, wanted in grouped for name in wanted]
     views = [place for place, (_, wanted) in enumerate(grouped) for _ in wanted]
     types = OnlineStore._build_feature_types(grouped)
     head = GetOnlineFeaturesResponse()
     head.metadata.feature_names.val.extend([key, *names])
-    return OnlinePlan(key, start, project.encode(), [*moments, *fields], views, head.SerializeToString(), types)
+    return OnlinePlan(key, HashNames(key, project), [*moments, *fields], views, head.SerializeToString(), types)
 
 
 def _is_plain(view: FeatureView) -> bool:

@@ -48,8 +48,10 @@ class OnlineReader:
         from feast.infra.online_stores.helpers import _mmh3
         from feast.protos.feast.types.Value_pb2 import Value
 
+        from mlplatform.feast_plugins.online_hashes import HashNames, read_hashes
+
         self._value: Any = Value
-        self._project = store.project
+        self._hashes, self._read_hashes = HashNames(USER_ID, store.project), read_hashes
         try:
             projections = store.get_feature_service(service).feature_view_projections
         except FeastObjectNotFoundException as error:
@@ -73,11 +75,9 @@ class OnlineReader:
             ServiceDownError: The online store does not answer.
             CredentialsError: It refuses the password.
         """
-        pipe = self._client.pipeline(transaction=False)
-        for user in checked_users(users):
-            pipe.execute_command("HMGET", _key(user, self._project), *self._fields)  # type: ignore[no-untyped-call]
+        names = self._hashes([user.encode() for user in checked_users(users)])
         try:
-            return [self._decode(values) for values in pipe.execute()]
+            return [self._decode(values) for values in self._read_hashes(self._client, names, self._fields)]
         except redis.AuthenticationError as error:
             raise credentials_refused("online store", self._address, "REDIS_CONNECTION_STRING") from error
         except redis.RedisError as error:
@@ -92,15 +92,3 @@ class OnlineReader:
         row = [self._value.FromString(value).string_val for value in stored]
         seconds = [Timestamp.FromString(moment) for moment in moments if moment is not None]
         return OnlineRow(row, min(moment.seconds + moment.nanos / 1e9 for moment in seconds))
-
-
-def _key(user: str, project: str) -> bytes:
-    """Give the key of a user's hash, as Feast's `serialize_entity_key` of version 3 makes it for one text key."""
-    name, value = USER_ID.encode(), user.encode()
-    head = b"".join(number.to_bytes(4, "little") for number in (1, _STRING, len(name)))
-    return b"".join(
-        (head, name, _STRING.to_bytes(4, "little"), len(value).to_bytes(4, "little"), value, project.encode())
-    )
-
-
-_STRING = 2  # feast.protos.feast.types.Value_pb2.ValueType.STRING
