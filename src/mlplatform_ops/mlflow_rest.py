@@ -83,6 +83,22 @@ def look_up(settings: Settings, method: str, **query: str) -> dict[str, Any] | N
     return dict(answer.json())
 
 
+def find_version(settings: Settings, name: str, alias: str) -> dict[str, Any] | None:
+    """Find the version that holds an alias; nothing if there is no such model or alias.
+
+    MLflow answers a question for an alias that is not there as if it were malformed, so the model is asked for.
+
+    Raises:
+        requests.RequestException: As in `look_up`.
+    """
+    found = look_up(settings, "registered-models/get", name=name) or {"registered_model": {}}
+    versions = {entry["alias"]: entry["version"] for entry in found["registered_model"].get("aliases", ())}
+    if alias not in versions:
+        return None
+    version = look_up(settings, "model-versions/get", name=name, version=versions[alias])
+    return dict(version["model_version"]) if version else None
+
+
 def _ask(settings: Settings, method: str, **body: Any) -> dict[str, Any]:
     answer = requests.post(_address(settings, method), json=body, auth=_login(settings), timeout=TIMEOUT_S)
     answer.raise_for_status()

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 
@@ -26,6 +26,9 @@ from mlplatform.results import read_results
 from mlplatform.settings import CHAMPION, FEATURES_BUCKET, MODEL_NAME, REGISTRY_BUCKET, Settings
 from mlplatform_ops import mlflow_rest
 from mlplatform_ops.runner import Execution, needs, services
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 STAMP = "mlplatform_stamp"  # in the metadata of an executed copy
 
@@ -58,7 +61,8 @@ def find_unchanged(
     """
     paths = {path.stem: path for path in notebooks}
     kept: dict[str, Execution] = {}
-    marks = _marks(settings)
+    s3 = s3_client(settings)
+    marks = _marks(settings, s3)
     for name, path in sorted(paths.items()):
         executed = output / path.name
         stamp = _read_stamp(executed)
@@ -68,7 +72,7 @@ def find_unchanged(
             reason = f"{', '.join(earlier)} runs again"
         else:
             reason = _difference(stamp, path, parameters.get(name, {}), settings, root, marks) or _lost(
-                executed, settings
+                executed, settings, s3
             )
         if reason:
             notify(f"{name} runs again: {reason}")
@@ -93,10 +97,11 @@ def stamp_all(
     parameters: Mapping[str, Mapping[str, object]],
 ) -> None:
     """Stamp the executed copies of notebooks that succeeded, once all have run: later ones change what marks say."""
-    paths, marks = {path.stem: path for path in notebooks}, _marks(settings)
-    for execution in executions:
-        if execution.error or execution.skipped:
-            continue
+    succeeded = [execution for execution in executions if not execution.error and not execution.skipped]
+    if not succeeded:
+        return
+    paths, marks = {path.stem: path for path in notebooks}, _marks(settings, s3_client(settings))
+    for execution in succeeded:
         path = paths[execution.name]
         copy = json.loads(execution.executed.read_text())
         copy["metadata"][STAMP] = {
@@ -189,26 +194,26 @@ def _marked(path: Path, root: Path) -> list[str]:
     return [module for module in ("registry", "features") if module in used]
 
 
-def _marks(settings: Settings) -> dict[str, str]:
+def _marks(settings: Settings, s3: S3Client) -> dict[str, str]:
     """Ask which version is champion, and what the feature store holds."""
-    found = mlflow_rest.look_up(settings, "registered-models/alias", name=MODEL_NAME, alias=CHAMPION)
-    stored = [_list(settings, f"s3://{bucket}/") for bucket in (FEATURES_BUCKET, REGISTRY_BUCKET)]
+    champion = mlflow_rest.find_version(settings, MODEL_NAME, CHAMPION)
+    stored = [_list(s3, f"s3://{bucket}/") for bucket in (FEATURES_BUCKET, REGISTRY_BUCKET)]
     with redis.Redis.from_url(settings.redis_url) as client:
         keys = client.dbsize()
     return {
-        "registry": found["model_version"]["version"] if found else "",
+        "registry": champion["version"] if champion else "",
         "features": _digest(f"{keys} {stored}".encode()),
     }
 
 
-def _lost(executed: Path, settings: Settings) -> str:
+def _lost(executed: Path, settings: Settings, s3: S3Client) -> str:
     """Name an object or an MLflow run that a copy recorded and the platform no longer has; empty if all are there."""
     try:
         recorded = sorted(set(_texts(read_results(executed))))
     except NotebookError as error:
         return str(error)
     for text in recorded:
-        if text.startswith("s3://") and text not in _list(settings, text):
+        if text.startswith("s3://") and text not in _list(s3, text):
             return f"{text} is gone"
         if _RUN_ID.fullmatch(text):
             run = mlflow_rest.look_up(settings, "runs/get", run_id=text)
@@ -217,10 +222,10 @@ def _lost(executed: Path, settings: Settings) -> str:
     return ""
 
 
-def _list(settings: Settings, prefix: str) -> dict[str, str]:
+def _list(s3: S3Client, prefix: str) -> dict[str, str]:
     """Give the ETag of each object whose address begins so, without pandas, which `objectstore` imports."""
     bucket, _, key = prefix.removeprefix("s3://").partition("/")
-    pages = s3_client(settings).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
     return {f"s3://{bucket}/{entry['Key']}": entry["ETag"] for page in pages for entry in page.get("Contents", [])}
 
 

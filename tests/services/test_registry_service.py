@@ -21,6 +21,7 @@ from sklearn.tree import DecisionTreeClassifier
 from mlplatform import income, modeling, objectstore, registry, tracking
 from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError, UntrustedModelError
 from mlplatform.settings import Settings
+from mlplatform_ops import mlflow_rest
 
 CSV = Path(__file__).parents[2] / "data" / "income_data.csv"
 
@@ -333,3 +334,15 @@ def test_logging_the_same_data_again_stores_no_byte_of_it(
     before = objectstore.list_objects("s3://mlflow-datasets/income/")
     tracking.write_datasets(train.copy(), test.copy(), pd.concat([train, test], ignore_index=True))
     pd.testing.assert_frame_equal(objectstore.list_objects("s3://mlflow-datasets/income/"), before)
+
+
+def test_commands_find_the_version_that_holds_an_alias_and_none_where_there_is_none(
+    platform: Settings, runs: dict[str, tracking.LoggedRun], name: str
+) -> None:
+    assert mlflow_rest.find_version(platform, name, "champion") is None
+    version = registry.register(runs["good"].run_id, name=name)
+    assert mlflow_rest.find_version(platform, name, "champion") is None
+    mlflow.MlflowClient().set_registered_model_alias(name, "champion", str(version))
+    found = mlflow_rest.find_version(platform, name, "champion")
+    assert found is not None
+    assert (found["version"], found["run_id"]) == (str(version), runs["good"].run_id)

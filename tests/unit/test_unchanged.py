@@ -41,8 +41,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / folder).mkdir()
         for name, (code, needs) in NOTEBOOKS.items():
             write_notebook(tmp_path / folder / f"{name}.ipynb", code, needs)
-    monkeypatch.setattr(unchanged, "_marks", lambda _: {"registry": "1", "features": "a"})
+    monkeypatch.setattr(unchanged, "_marks", lambda *_: {"registry": "1", "features": "a"})
     monkeypatch.setattr(unchanged, "_lost", lambda *_: "")
+    monkeypatch.setattr(unchanged, "s3_client", lambda _: None)
     unchanged._imports_of.cache_clear()
     return tmp_path
 
@@ -130,7 +131,7 @@ def test_what_others_changed_on_the_platform_runs_those_that_depend_on_it(
         write_notebook(root / folder / "03_alone.ipynb", "from mlplatform import registry", [])
     stamp(root)
     assert kept(root) == list(NOTEBOOKS)
-    monkeypatch.setattr(unchanged, "_marks", lambda _: {"registry": "2", "features": "b"})
+    monkeypatch.setattr(unchanged, "_marks", lambda *_: {"registry": "2", "features": "b"})
     assert kept(root) == ["01_table", "02_deep"]
 
 
