@@ -362,9 +362,9 @@ def loop(*, seed: int = 1, requests: int = 5_000) -> int:
         requests: How many questions the endpoint answers meanwhile, at least.
     """
     from mlplatform_ops.loop import loop as loops
-    from mlplatform_ops.runner import GROUPS, require_group
+    from mlplatform_ops.runner import require_group
 
-    for group in GROUPS:
+    for group in ("pipelines", "serving", "drift"):
         require_group(group, what="the loop")
     began = time.monotonic()
     # The endpoint that it starts must end with it.
@@ -621,10 +621,9 @@ def _summarise(executions: Sequence[Execution], settings: Settings, platform: Pl
 
     _show_results(executions)
     console = wide_console()
-    found = mlflow_rest.look_up(settings, "registered-models/alias", name=MODEL_NAME, alias=CHAMPION)
-    version = found["model_version"] if found else {}
+    version = mlflow_rest.find_version(settings, MODEL_NAME, CHAMPION)
     run = mlflow_rest.look_up(settings, "runs/get", run_id=version["run_id"]) if version else None
-    if run:
+    if version and run:
         metrics = {entry["key"]: entry["value"] for entry in run["run"]["data"]["metrics"]}
         scores = ", ".join(f"{name} {metrics[name]:.4f}" for name in sorted(metrics.keys() & set(SCORES)))
         name = run["run"]["info"]["run_name"]
