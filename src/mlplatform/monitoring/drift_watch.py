@@ -26,6 +26,7 @@ from mlplatform.errors import DataError, MissingObjectError, PlatformError, Regi
 from mlplatform.income import COLUMNS
 from mlplatform.monitoring import drift
 from mlplatform.monitoring.drift import Performance, Reference, Verdict
+from mlplatform.serving import endpoint_log
 from mlplatform.settings import DATASETS_BUCKET
 from mlplatform.tracking import data_sets
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 EXPERIMENT = "income-drift"
-ENDPOINT_LOG = f"s3://{DATASETS_BUCKET}/endpoint"
 BATCHES = f"s3://{DATASETS_BUCKET}/batches"
 REPORT = "drift/report.html"
 VERDICT = "drift/verdict.json"
@@ -114,7 +114,7 @@ def read_context(version: ModelVersion, context: str) -> tuple[str, pd.DataFrame
         ) from error
 
 
-def read_endpoint_log(prefix: str = ENDPOINT_LOG, *, since: pd.Timestamp | None = None) -> pd.DataFrame:
+def read_endpoint_log(prefix: str = endpoint_log.FOLDER, *, since: pd.Timestamp | None = None) -> pd.DataFrame:
     """Read what the endpoint was asked and answered.
 
     Args:
@@ -130,9 +130,11 @@ def read_endpoint_log(prefix: str = ENDPOINT_LOG, *, since: pd.Timestamp | None 
     files = objectstore.list_objects(prefix + "/")
     files = files[files["uri"].str.endswith(".parquet")]
     frames = [objectstore.read_frame(uri) for uri in files["uri"]]
-    frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*COLUMNS, "event_timestamp"])
+    frame = (
+        pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*COLUMNS, history.EVENT_TIMESTAMP])
+    )
     if since is not None and len(frame):
-        frame = frame[frame["event_timestamp"] >= since].reset_index(drop=True)
+        frame = frame[frame[history.EVENT_TIMESTAMP] >= since].reset_index(drop=True)
     if frame.empty:
         when = f" since {since:%Y-%m-%d %H:%M}" if since is not None else ""
         raise DataError(f"the endpoint logged nothing under {prefix}/{when}; ask it something, or give a batch")
@@ -174,10 +176,10 @@ def find_batch(uri: str | None = None, *, days: int | None = None) -> tuple[str,
     """
     if uri:
         return uri, objectstore.read_frame(uri)
-    if objectstore.list_objects(ENDPOINT_LOG + "/").empty:
+    if objectstore.list_objects(endpoint_log.FOLDER + "/").empty:
         return newest_batch()
     since = pd.Timestamp.now(tz="UTC") - pd.Timedelta(days=days) if days else None
-    return ENDPOINT_LOG, read_endpoint_log(since=since)
+    return endpoint_log.FOLDER, read_endpoint_log(since=since)
 
 
 def watch(

@@ -25,6 +25,7 @@ from mlplatform import history, income, modeling, objectstore, registry, trackin
 from mlplatform.errors import ServiceDownError
 from mlplatform.monitoring import drift_watch
 from mlplatform.promotion import alias, gate
+from mlplatform.serving import releases
 from mlplatform.settings import DATASETS_BUCKET, find_root
 from mlplatform_ops.console import Notify
 from mlplatform_ops.loop import evidence
@@ -171,8 +172,6 @@ class _Loop:
             compared = self._wait_for_shadow(url)
             say(f"{compared:,.0f} answers compared, none of them sent")
         with step("canary starts", f"Version {version} answers {self.sizes.share:.0%} of the users", traffic) as say:
-            from mlplatform.serving import releases
-
             self._release("canary", str(version), "--share", str(self.sizes.share))
             chosen = [user for user in self.users if releases.in_canary(user, self.sizes.share)]
             traffic.wait_for(version, users=chosen)
