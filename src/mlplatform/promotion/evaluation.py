@@ -66,9 +66,8 @@ def fold_scores(
     # Categories become columns without any statistics, so encoding all rows at once leaks nothing.
     encoded = make_encoder().fit_transform(frame).to_numpy()
     splits = RepeatedStratifiedKFold(n_splits=folds, n_repeats=repeats, random_state=seed).split(frame, truth)
-    with threadpool_limits(
-        1
-    ):  # on busy cores the threads of a small matrix product wait for each other ten times as long
+    # On busy cores the threads of a small matrix product wait for each other ten times as long.
+    with threadpool_limits(1):
         for known, held in splits:
             fitted = {name: clone(model).fit(encoded[known], truth[known]) for name, model in estimators.items()}
             answers = {name: model.predict_proba(encoded[held])[:, 1] for name, model in fitted.items()}
@@ -104,9 +103,42 @@ def paired_interval(difference: NDArray[np.float64], *, folds: int) -> tuple[flo
     return mean, mean - half, mean + half
 
 
-def model_card(**results: object) -> str:
-    """Fill the template model_card.md beside this file, whose every figure is a result."""
-    return Path(__file__).with_name(CARD_FILE).read_text().format(**results)
+def model_card(
+    name: str,
+    rows: int,
+    measures: Mapping[str, float],
+    importance: pd.Series,
+    groups: pd.DataFrame,
+    *,
+    miss: float,
+    false_alarm: float,
+) -> str:
+    """Fill the template model_card.md beside this file, whose every figure is a result.
+
+    Args:
+        name: What the card calls the model.
+        rows: Number of test rows.
+        measures: `roc_auc`, `precision`, `recall`, `log_loss` and `calibration_error` on these rows.
+        importance: Area under the curve that is lost when a column is shuffled, by column, the largest first.
+        groups: What `group_rates` gives.
+        miss: Cost of a high earner who is not found.
+        false_alarm: Cost of acting on somebody who earns less.
+    """
+    shares = [
+        f"- {g.column} {g.group}: {g.true_positive_rate:.3f} ({g.low:.3f} to {g.high:.3f}), {g.positives} people"
+        for g in groups.itertuples()
+    ]
+    template = Path(__file__).with_name(CARD_FILE).read_text()
+    return template.format(
+        name=name,
+        rows=rows,
+        **measures,
+        missed=1 - measures["recall"],
+        threshold=false_alarm / (false_alarm + miss),
+        costs=f"a miss costs {miss:g} and a false alarm {false_alarm:g}",
+        importance=", ".join(f"{column} {loss:.3f}" for column, loss in importance.head(3).items()),
+        groups="\n".join(shares),
+    )
 
 
 def describe(model: Pipeline, test: pd.DataFrame, *, name: str, miss: float = 3.0, false_alarm: float = 1.0) -> str:
@@ -124,23 +156,13 @@ def describe(model: Pipeline, test: pd.DataFrame, *, name: str, miss: float = 3.
     shuffled = permutation_importance(
         model, test[list(COLUMNS)], truth, scoring="roc_auc", n_repeats=3, random_state=0, n_jobs=1
     )
-    importance = pd.Series(shuffled.importances_mean, index=list(COLUMNS)).sort_values(ascending=False).head(3)
-    recall = recall_score(truth, chosen)
-    shares = [
-        f"- {g.column} {g.group}: {g.true_positive_rate:.3f} ({g.low:.3f} to {g.high:.3f}), {g.positives} people"
-        for g in group_rates(test, probability).itertuples()
-    ]
-    return model_card(
-        name=name,
-        rows=len(test),
-        roc_auc=roc_auc_score(truth, probability),
-        precision=precision_score(truth, chosen),
-        recall=recall,
-        missed=1 - recall,
-        log_loss=log_loss(truth, probability),
-        calibration_error=calibration_error(truth, probability),
-        threshold=false_alarm / (false_alarm + miss),
-        importance=", ".join(f"{column} {loss:.3f}" for column, loss in importance.items()),
-        groups="\n".join(shares),
-        costs=f"a miss costs {miss:g} and a false alarm {false_alarm:g}",
-    )
+    importance = pd.Series(shuffled.importances_mean, index=list(COLUMNS)).sort_values(ascending=False)
+    measures = {
+        "roc_auc": roc_auc_score(truth, probability),
+        "precision": precision_score(truth, chosen),
+        "recall": recall_score(truth, chosen),
+        "log_loss": log_loss(truth, probability),
+        "calibration_error": calibration_error(truth, probability),
+    }
+    groups = group_rates(test, probability)
+    return model_card(name, len(test), measures, importance, groups, miss=miss, false_alarm=false_alarm)
