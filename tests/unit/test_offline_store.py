@@ -352,6 +352,16 @@ def test_of_two_rows_at_one_moment_the_later_written_counts(tmp_path):
     assert point_in_time.point_in_time(entities, "event_timestamp", [lookup]).column("job").to_pylist() == ["b"]
 
 
+def test_text_of_more_than_arrow_holds_in_one_piece_is_taken_all_the_same(two_versions, monkeypatch):
+    asked = pd.DataFrame(
+        {"user_id": ["ann", "nobody", "ann"], "event_timestamp": START + pd.to_timedelta([1, 1, 99], "D")}
+    )
+    expected = two_versions.ask(asked)
+    monkeypatch.setattr(point_in_time, "TEXT_LIMIT", 1)
+    pd.testing.assert_frame_equal(two_versions.ask(asked), expected)
+    assert expected["town"].notna().any()
+
+
 def test_a_file_is_read_anew_after_it_was_replaced(repo):
     entity_df = pd.DataFrame({"user_id": ["ann"], "event_timestamp": [START]})
     for job in ("cook", "baker"):

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import duckdb
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from feast import ValueType
 from feast.feature_view import DUMMY_ENTITY_ID, FeatureView
 from feast.repo_config import RepoConfig
@@ -19,7 +21,10 @@ from mlplatform.feast_plugins.parquet_source import ParquetFile, as_declared, sa
 # Names of our own inside a query; no feature is called like that.
 ROW = "__row"
 AT = "__at"
-KNOWN = "__known"
+PLACE = "__place"
+WRITTEN = "__written"
+TIED = "__tied"
+TEXT_LIMIT = 2**31 - 1  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,70 +82,90 @@ class Lookup:
         wanted = [*self.keys, *self.features.values(), *self.types, self.timestamp_field, self.created_column or ""]
         return [column for column in dict.fromkeys(wanted) if column]
 
-    def sql(self, *, created_before: bool) -> str:
-        """Write the as-of join of the table `asked` with the file.
+    def find(
+        self, duck: duckdb.DuckDBPyConnection, asked: pa.Table, *, created_before: bool
+    ) -> tuple[pa.Table, pa.Array]:
+        """Find the row of the file that counts for each row of the table `asked`.
 
         Stack the file's rows and the questions, sort each key's by time with rows before questions of the same
         moment, and give each question the last row above it. DuckDB's own ASOF JOIN gives the same answer in time
-        that grows with the square of the rows (1.5.5, 300,000 rows of 280,000 keys: 82 s against 0.3 s).
+        that grows with the square of the rows (1.5.5, 300,000 rows of 280,000 keys: 82 s against 0.3 s). Only the
+        rows' numbers go through the sort; whoever asks takes the values by them.
 
         Args:
+            duck: Where `asked` is registered.
+            asked: The questions: keys, `AT` in microseconds, `ROW` from 0.
             created_before: Whether a row counts only if it was written before the moment asked about.
-        """
-        keys = [quote_name(f"{ROW}_key{place}") for place in range(len(self.keys))]
-        ties = [quote_name(f"{ROW}_tie{place}") for place in range(len(self._tie_breakers))]
-        moment = f"epoch_us({quote_name(self.timestamp_field)})"
-        values = [f"{AT} := {moment}"] + [
-            f"{quote_name(name)} := {quote_name(column)}" for name, column in self.features.items()
-        ]
-        known = [
-            *(f"{quote_name(column)} AS {key}" for column, key in zip(self.keys, keys, strict=True)),
-            f"{moment} AS {AT}",
-            f"NULL::BIGINT AS {ROW}",
-            *(f"{quote_name(column)} AS {tie}" for column, tie in zip(self._tie_breakers, ties, strict=True)),
-            f"struct_pack({', '.join(values)}) AS {KNOWN}",
-        ]
-        present = " AND ".join(f"{quote_name(column)} IS NOT NULL" for column in [*self.keys, self.timestamp_field])
-        rows = f"SELECT {', '.join(known)} FROM {self.file.scan()} WHERE {present}"  # noqa: S608
-        fresh = f"{AT} >= {KNOWN}.{AT}"
-        if self.ttl:
-            fresh += f" AND {AT} - {KNOWN}.{AT} <= {self.ttl // timedelta(microseconds=1)}"
-        chosen = [
-            f"CASE WHEN {fresh} THEN {KNOWN}.{quote_name(name)} END AS {quote_name(name)}" for name in self.features
-        ]
-        order = ", ".join(f"{tie} NULLS FIRST" for tie in ties)
-        if created_before and self.created_column:
-            return self._join_rows_written_before(rows, chosen, keys, ties)
-        asked = [*map(quote_name, self.keys.values()), AT, ROW, *["NULL"] * (len(ties) + 1)]
-        partition = f"PARTITION BY {', '.join(keys)}" if keys else ""
-        return f"""
-            SELECT {", ".join(chosen)} FROM (
-                SELECT {ROW}, {AT}, last_value({KNOWN} IGNORE NULLS) OVER (
-                    {partition} ORDER BY {AT}, {ROW} NULLS FIRST{", " + order if order else ""} ROWS UNBOUNDED PRECEDING
-                ) AS {KNOWN}
-                FROM ({rows} UNION ALL SELECT {", ".join(asked)} FROM asked)
-            )
-            WHERE {ROW} IS NOT NULL ORDER BY {ROW}
-        """  # noqa: S608 - every name is quoted by quote_name, every text by quote_text
 
-    def _join_rows_written_before(
-        self, rows: str, chosen: Sequence[str], keys: Sequence[str], ties: Sequence[str]
-    ) -> str:
-        # Two times decide here, so no single order of rows and questions gives the answer: join by key, then choose.
-        equal = [f"k.{key} = a.{quote_name(column)}" for key, column in zip(keys, self.keys.values(), strict=True)]
-        written = f"epoch_us(k.{ties[0]}) <= a.{AT}"
-        latest = ", ".join(f"{column} DESC NULLS LAST" for column in [f"k.{AT}", *(f"k.{tie}" for tie in ties)])
+        Returns:
+            The file's rows, and for each question the place of its row in them, null for none.
+        """
+        rows = self._read(duck, in_order=created_before)
+        found = duck.sql(self._written_before() if created_before else self._last_above()).to_arrow_table()
+        if not created_before and pa.compute.any(found.column(TIED)).as_py():
+            # Rare, and dear: let the rows' content decide.
+            rows = self._read(duck, in_order=True)
+            found = duck.sql(self._last_above(in_order=True)).to_arrow_table()
+        found = found.select([ROW, PLACE]).drop_null()
+        places = np.full(len(asked), -1)
+        places[found.column(ROW).to_numpy()] = found.column(PLACE).to_numpy()
+        answer = pa.array(places, mask=places < 0)
+        age = pa.compute.subtract(asked.column(AT), rows.column(AT).take(answer))
+        oldest = self.ttl // timedelta(microseconds=1) if self.ttl else np.iinfo(np.int64).max
+        return rows, pa.compute.if_else(pa.compute.less_equal(age, oldest), answer, None)
+
+    def _read(self, duck: duckdb.DuckDBPyConnection, *, in_order: bool) -> pa.Table:
+        """Read the file's rows into the table `known`, numbered; in the order in which rows of one moment count."""
+        keys = [f"{quote_name(column)} AS {name}" for column, name in zip(self.keys, self._key_names, strict=True)]
+        moment = f"epoch_us({quote_name(self.timestamp_field)})"
+        written = [f"epoch_us({quote_name(self.created_column)}) AS {WRITTEN}"] if self.created_column else []
+        values = [quote_name(column) for column in dict.fromkeys(self.features.values())]
+        present = [f"{quote_name(column)} IS NOT NULL" for column in [*self.keys, self.timestamp_field]]
+        query = f"SELECT {', '.join([*keys, f'{moment} AS {AT}', *written, *values])} FROM {self.file.scan()}"  # noqa: S608
+        query += f" WHERE {' AND '.join(present)}"
+        ties = tie_breakers(self.created_column, [name for name in self.types if name not in self.keys])
+        if in_order and ties:
+            query += f" ORDER BY {', '.join(f'{quote_name(column)} NULLS FIRST' for column in ties)}"
+        rows = duck.sql(query).to_arrow_table()
+        rows = rows.append_column(PLACE, pa.array(range(len(rows)), pa.int64()))
+        duck.register("known", rows)
+        return rows
+
+    def _last_above(self, *, in_order: bool = False) -> str:
+        names = self._key_names
+        known = ", ".join([*names, AT, f"NULL::BIGINT AS {ROW}", PLACE])
+        asked = ", ".join([*map(quote_name, self.keys.values()), AT, ROW, "NULL"])
+        partition = f"PARTITION BY {', '.join(names)}" if names else ""
+        tied = f"{PLACE} + lag({PLACE}) OVER above IS NOT NULL AND lag({AT}) OVER above = {AT}"
         return f"""
-            SELECT {", ".join(chosen)} FROM (
-                SELECT a.{ROW}, a.{AT}, k.{KNOWN} FROM asked a LEFT JOIN ({rows}) k
-                ON {" AND ".join([*equal, written, f"k.{AT} <= a.{AT}"])}
-                QUALIFY row_number() OVER (PARTITION BY a.{ROW} ORDER BY {latest}) = 1
-            ) ORDER BY {ROW}
+            SELECT * FROM (
+                SELECT {ROW}, last_value({PLACE} IGNORE NULLS) OVER above AS {PLACE}
+                    {"" if in_order else f", {tied} AS {TIED}"}
+                FROM (SELECT {known} FROM known UNION ALL SELECT {asked} FROM asked)
+                WINDOW above AS (
+                    {partition} ORDER BY {AT}, {ROW} NULLS FIRST {f", {PLACE}" if in_order else ""}
+                    ROWS UNBOUNDED PRECEDING
+                )
+            )
+            WHERE {ROW} IS NOT NULL {"" if in_order else f"OR {TIED}"}
+        """  # noqa: S608 - every name is ours or quoted by quote_name
+
+    def _written_before(self) -> str:
+        # Two times decide here, so no single order of rows and questions gives the answer: join by key, then choose.
+        equal = [
+            f"k.{name} = a.{quote_name(asked)}" for name, asked in zip(self._key_names, self.keys.values(), strict=True)
+        ]
+        conditions = [*equal, f"k.{WRITTEN} <= a.{AT}", f"k.{AT} <= a.{AT}"]
+        return f"""
+            SELECT a.{ROW}, k.{PLACE} FROM asked a LEFT JOIN known k ON {" AND ".join(conditions)}
+            QUALIFY row_number() OVER (
+                PARTITION BY a.{ROW} ORDER BY k.{AT} DESC NULLS LAST, k.{PLACE} DESC NULLS LAST
+            ) = 1
         """  # noqa: S608
 
     @property
-    def _tie_breakers(self) -> list[str]:
-        return tie_breakers(self.created_column, [name for name in self.types if name not in self.keys])
+    def _key_names(self) -> list[str]:
+        return [f"{ROW}_key{place}" for place in range(len(self.keys))]
 
     def spine(self, start: datetime, end: datetime) -> str:
         """Write the query for each key and event time that the file has within a time range."""
@@ -193,10 +218,19 @@ def point_in_time(
         for view in views:
             check_keys(duck, view, asked)
             with duckdb_errors(view.file.described):
-                found = duck.sql(view.sql(created_before=created_before)).to_arrow_table()
+                rows, places = view.find(duck, asked, created_before=created_before and view.created_column is not None)
             for name, column in view.features.items():
-                answer = answer.append_column(name, as_declared(found.column(name), view.types.get(column), view, name))
+                found = _take(rows.column(column), places)
+                answer = answer.append_column(name, as_declared(found, view.types.get(column), view, name))
     return answer
+
+
+def _take(column: pa.ChunkedArray, places: pa.Array) -> pa.ChunkedArray:
+    if column.nbytes > TEXT_LIMIT and (pa.types.is_string(column.type) or pa.types.is_binary(column.type)):
+        # Arrow joins a column's pieces to take from them, and its plain text ends at 2 GiB.
+        large = column.cast(pa.large_string() if pa.types.is_string(column.type) else pa.large_binary())
+        return large.take(places).cast(column.type)
+    return column.take(places)
 
 
 def check_keys(duck: duckdb.DuckDBPyConnection, view: Lookup, asked: pa.Table) -> dict[str, str]:
