@@ -22,7 +22,6 @@ from feast.infra.online_stores.helpers import _redis_key
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.type_map import python_values_to_proto_values
 from feast.utils import _build_entity_keys, _columns_to_proto_values, _get_column_names, _validate_vector_field_lengths
-from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]
 from pydantic import StrictStr
 
 from mlplatform.feast_plugins import distributed
@@ -155,7 +154,8 @@ def write_batch(online: ExpiringRedisOnlineStore, config: RepoConfig, view: Feat
     _validate_vector_field_lengths(pa.Table.from_batches([batch]), view)
     names = [field.name for field in view.features]
     columns = [_serialised(field.name, field.dtype.to_value_type(), batch) for field in view.features]
-    moments = _timestamps(batch.column(source.timestamp_field))
+    times = batch.column(source.timestamp_field).cast(pa.timestamp("us", "UTC"), safe=False)
+    moments = times.cast(pa.int64()).to_pylist()
     return online.write_rows(config, view, _redis_keys(config, view, batch), moments, names, zip(*columns, strict=True))
 
 
@@ -192,11 +192,6 @@ def _redis_keys(config: RepoConfig, view: FeatureView, batch: pa.RecordBatch) ->
         return [_redis_key(config.project, key, entity_key_serialization_version=version) for key in protos]
     name = view.entity_columns[0].name
     return HashNames(name, config.project)([str(key).encode() for key in batch.column(name).to_pylist()])
-
-
-def _timestamps(times: pa.Array) -> list[Timestamp]:
-    moments = times.cast(pa.timestamp("us", "UTC"), safe=False).cast(pa.int64()).to_pylist()
-    return [Timestamp(seconds=moment // 1_000_000, nanos=moment % 1_000_000 * 1_000) for moment in moments]
 
 
 # Feast's own way goes through numpy, whose lists of maps and times it does not take.

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import timedelta
 from itertools import groupby
 from typing import Any
 
@@ -20,10 +20,10 @@ from feast.infra.online_stores.helpers import _mmh3, _redis_key, compute_version
 from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig, RedisType
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.online_response import OnlineResponse
-from feast.utils import make_tzaware
 from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]
 from pydantic import StrictStr
 
+from mlplatform.feast_plugins.duckdb_s3 import microseconds
 from mlplatform.feast_plugins.online_read import OnlinePlans, ids_of
 from mlplatform.feast_plugins.registry_store import after_commit
 
@@ -32,9 +32,11 @@ _LOG = logging.getLogger(__name__)
 ROWS_PER_CALL = 250
 # Rows per round trip.
 ROWS_PER_BATCH = 2_500
+# Setting and expiring in one command takes a third less of a first load than two.
+EXPIRING = ("HSETEX", "HPEXPIREAT")
 
 # Stored times are protobuf messages: tag 8, seconds as a varint; tag 16, nanoseconds.
-_WRITE_IF_NEWER = """
+_FUNCTIONS = """
 local function varint(text, at)
   local value, complement, scale = 0, 0, 1
   for i = at, at + 9 do
@@ -64,8 +66,19 @@ local function is_later(new, old)
   local old_s, old_n = moment(old)
   return new_s > old_s or (new_s == old_s and new_n > old_n)
 end
-local count, expires = tonumber(ARGV[1]), ARGV[2] == '1'
-local names, pairs = {}, {}
+"""
+# Names the rows whose time is later than the stored one.
+_FIND_NEWER = f"""{_FUNCTIONS}
+local found = {{}}
+for i, key in ipairs(KEYS) do
+  local old = redis.call('HGET', key, ARGV[1])
+  if not old or is_later(ARGV[1 + i], old) then found[#found + 1] = i end
+end
+return found
+"""
+_WRITE_IF_NEWER = f"""{_FUNCTIONS}
+local count, expire = tonumber(ARGV[1]), ARGV[2]
+local names, pairs = {{}}, {{}}
 for i = 1, count do
   names[i] = ARGV[2 + i]
   pairs[2 * i - 1] = names[i]
@@ -76,8 +89,12 @@ for _, key in ipairs(KEYS) do
   local old = redis.call('HGET', key, names[1])
   if not old or is_later(time, old) then
     for i = 1, count do pairs[2 * i] = ARGV[at + i] end
-    redis.call('HSET', key, unpack(pairs))
-    if expires then redis.call('HPEXPIREAT', key, ARGV[at], 'FIELDS', count, unpack(names)) end
+    if expire == 'HSETEX' then
+      redis.call('HSETEX', key, 'PXAT', ARGV[at], 'FIELDS', count, unpack(pairs))
+    else
+      redis.call('HSET', key, unpack(pairs))
+      if expire ~= '' then redis.call(expire, key, ARGV[at], 'FIELDS', count, unpack(names)) end
+    end
     changed = changed + 1
   end
   at = at + 1 + count
@@ -100,7 +117,9 @@ class ExpiringRedisOnlineStoreConfig(RedisOnlineStoreConfig):
 class ExpiringRedisOnlineStore(RedisOnlineStore):
     """Never replaces a later value by an earlier one, and lets values expire by their view's ttl."""
 
-    _can_expire: bool | None = None
+    _expiring: str | None = None
+    # Whether little of what was sent last was new: then it is worth asking first which rows are.
+    _asks_first: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +168,7 @@ class ExpiringRedisOnlineStore(RedisOnlineStore):
             version = config.entity_key_serialization_version
             keys = [_redis_key(config.project, row[0], entity_key_serialization_version=version) for row in rows]
             values = [[row[1][name].SerializeToString() for name in names] for row in rows]
-            self.write_rows(config, table, keys, [_proto(row[2]) for row in rows], names, values)
+            self.write_rows(config, table, keys, [microseconds(row[2]) for row in rows], names, values)
             if progress:
                 progress(len(rows))
 
@@ -164,7 +183,7 @@ class ExpiringRedisOnlineStore(RedisOnlineStore):
         config: RepoConfig,
         view: Any,
         keys: Sequence[bytes],
-        moments: Sequence[Timestamp],
+        moments: Sequence[int],
         features: Sequence[str],
         values: Iterable[Sequence[bytes]],
     ) -> int:
@@ -174,7 +193,7 @@ class ExpiringRedisOnlineStore(RedisOnlineStore):
             config: Feast's configuration.
             view: The view that the features belong to.
             keys: Feast's key of each row.
-            moments: Event time of each row.
+            moments: Event time of each row, in microseconds since 1970.
             features: Names of the features.
             values: Serialised values of each row, in the features' order.
 
@@ -185,22 +204,29 @@ class ExpiringRedisOnlineStore(RedisOnlineStore):
         name = compute_versioned_name(view, config.registry.enable_online_feature_view_versioning)
         fields = [f"_ts:{name}".encode(), *(_mmh3(f"{name}:{feature}") for feature in features)]
         ttl: timedelta = getattr(view, "ttl", None) or timedelta(0)
-        expires = bool(ttl) and config.online_store.expire_online and self._expires_fields(client)
+        expire = self._expiring_command(client) if ttl and config.online_store.expire_online else ""
+        lifetime = ttl // timedelta(microseconds=1)
+        # A value's last microsecond still counts, so it ends with the first millisecond after that.
+        ends = [(moment + lifetime) // 1_000 + 1 if expire else 0 for moment in moments]
+        rows = list(zip(keys, ends, _serialised(moments), values, strict=True))
+        count = len(rows)
+        if self._asks_first:
+            rows = _newer(client, fields[0], rows)
         script = client.register_script(_WRITE_IF_NEWER)
-        everything = list(zip(keys, moments, values, strict=True))
         sent: list[Future[list[int]]] = []
         # The server stores one batch while the next is made.
         with ThreadPoolExecutor(1) as sender:
-            for batch in range(0, len(everything), ROWS_PER_BATCH):
+            for batch in _slices(rows, ROWS_PER_BATCH):
                 pipeline = client.pipeline(transaction=False)
-                for start in range(batch, min(batch + ROWS_PER_BATCH, len(everything)), ROWS_PER_CALL):
-                    rows = everything[start : start + ROWS_PER_CALL]
-                    arguments: list[Any] = [len(fields), int(expires), *fields]
-                    for _, moment, row in rows:
-                        arguments += (_expiry(moment, ttl) if expires else 0, moment.SerializeToString(), *row)
-                    script(keys=[key for key, _, _ in rows], args=arguments, client=pipeline)
+                for call in _slices(batch, ROWS_PER_CALL):
+                    arguments: list[Any] = [len(fields), expire, *fields]
+                    for _, end, time, row in call:
+                        arguments += (end, time, *row)
+                    script(keys=[key for key, *_ in call], args=arguments, client=pipeline)
                 sent.append(sender.submit(pipeline.execute))
-        return sum(changed for answers in sent for changed in answers.result())
+        changed = sum(stored for answers in sent for stored in answers.result())
+        self._asks_first = changed < count / 4
+        return changed
 
     def update(
         self,
@@ -219,25 +245,41 @@ class ExpiringRedisOnlineStore(RedisOnlineStore):
 
             after_commit(config.registry, config.project, view.name, delete)
 
-    def _expires_fields(self, client: Any) -> bool:
-        if self._can_expire is None:
+    def _expiring_command(self, client: Any) -> str:
+        """Find the command that lets fields expire: Valkey 9's and Redis 8's, Redis 7.4's, or none."""
+        if self._expiring is None:
             # One empty answer for a command that the server does not know.
-            self._can_expire = any(client.execute_command("COMMAND", "INFO", "HPEXPIREAT") or [])
-            if not self._can_expire:
+            known = (name for name in EXPIRING if any(client.execute_command("COMMAND", "INFO", name) or []))
+            self._expiring = next(known, "")
+            if not self._expiring:
                 _LOG.warning(
                     "this online store can't expire single fields (Valkey 9 and Redis 7.4 can): "
                     "values stay online after their ttl"
                 )
-        return self._can_expire
+        return self._expiring
 
 
-def _proto(moment: datetime) -> Timestamp:
+# Key, end in milliseconds, event time and values, the last two serialised.
+_Row = tuple[bytes, int, bytes, Sequence[bytes]]
+
+
+def _newer(client: Any, field: bytes, rows: Sequence[_Row]) -> list[_Row]:
+    """Give the rows whose event time is later than the one stored, as the server says it is now."""
+    script, pipeline = client.register_script(_FIND_NEWER), client.pipeline(transaction=False)
+    calls = list(_slices(rows, ROWS_PER_CALL))
+    for call in calls:
+        script(keys=[key for key, *_ in call], args=[field, *(time for _, _, time, _ in call)], client=pipeline)
+    return [call[place - 1] for call, places in zip(calls, pipeline.execute(), strict=True) for place in places]
+
+
+def _slices(rows: Sequence[_Row], size: int) -> Iterator[Sequence[_Row]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _serialised(moments: Sequence[int]) -> Iterator[bytes]:
+    """Write times as Feast stores them; one message for all is four times as fast as one for each."""
     stamp = Timestamp()
-    stamp.FromDatetime(make_tzaware(moment))
-    return stamp
-
-
-def _expiry(moment: Timestamp, ttl: timedelta) -> int:
-    """Give the first millisecond after the value's last microsecond, which still counts."""
-    last_us: int = moment.seconds * 1_000_000 + moment.nanos // 1_000 + ttl // timedelta(microseconds=1)
-    return last_us // 1_000 + 1
+    for moment in moments:
+        stamp.seconds, rest = divmod(moment, 1_000_000)
+        stamp.nanos = rest * 1_000
+        yield stamp.SerializeToString()

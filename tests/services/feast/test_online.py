@@ -24,6 +24,7 @@ from feast.types import Array, Float64, Int64, String
 from shop import Shop, scratch_repository
 
 from mlplatform import features
+from mlplatform.feast_plugins import online_store
 from mlplatform.feast_plugins.online_store import ExpiringRedisOnlineStore
 from mlplatform.settings import Settings
 from mlplatform_ops.feast_servers.feature_server import StoreWatcher, create_app
@@ -47,7 +48,11 @@ def read(shop: Shop, *users: str) -> list[int | None]:
     return shop.online(["v:n"], *({"user_id": user} for user in users))["n"]
 
 
-def test_values_end_online_when_they_end_in_history(platform: Settings, tmp_path: Path):
+@pytest.mark.parametrize("command", online_store.EXPIRING)
+def test_values_end_online_when_they_end_in_history(
+    platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+):
+    monkeypatch.setattr(online_store, "EXPIRING", (command,))
     shop = Shop("ours on local files", tmp_path, platform, expire_online=True)
     start = pd.Timestamp.now("UTC").floor("us")
     make_view(
@@ -103,6 +108,25 @@ def test_a_later_value_stays_whatever_comes_after(platform: Settings, tmp_path: 
         frame = pd.DataFrame({"user_id": ["u"], "at": [at + pd.Timedelta(shift, "us")], "n": [value]})
         shop.store.write_to_online_store("v", frame)
     assert read(shop, "u") == [4]
+
+
+def test_after_a_load_of_nothing_new_only_what_is_newer_is_sent(
+    platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shop = Shop("ours on local files", tmp_path, platform)
+    users = {f"u{number}": NOW for number in range(600)}  # three calls of the script
+    make_view(shop, timedelta(0), users)
+    load(shop)
+    load(shop)
+    asked = []
+    newer = online_store._newer
+    monkeypatch.setattr(online_store, "_newer", lambda *given: asked.append(newer(*given)) or asked[-1])
+    changed = {"u0": 1, "u299": -1, "u300": 1, "u599": 1}
+    frame = pd.DataFrame({"user_id": list(users), "at": NOW, "n": 7})
+    frame["at"] += pd.to_timedelta(frame["user_id"].map(changed).fillna(0), "us")
+    shop.store.write_to_online_store("v", frame)
+    assert [len(rows) for rows in asked] == [3]
+    assert read(shop, "u0", "u1", "u299", "u300", "u599") == [7, 1, 299, 7, 7]
 
 
 def test_the_fast_way_knows_every_field_of_a_view_and_of_the_online_stores_configuration():
