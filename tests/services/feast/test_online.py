@@ -24,7 +24,7 @@ from feast.types import Array, Float64, Int64, String
 from shop import Shop, scratch_repository
 
 from mlplatform import features
-from mlplatform.feast_plugins import online_store
+from mlplatform.feast_plugins import compute_engine, online_store
 from mlplatform.feast_plugins.online_store import ExpiringRedisOnlineStore
 from mlplatform.settings import Settings
 from mlplatform_ops.feast_servers.feature_server import StoreWatcher, create_app
@@ -127,6 +127,34 @@ def test_after_a_load_of_nothing_new_only_what_is_newer_is_sent(
     shop.store.write_to_online_store("v", frame)
     assert [len(rows) for rows in asked] == [3]
     assert read(shop, "u0", "u1", "u299", "u300", "u599") == [7, 1, 299, 7, 7]
+
+
+def test_where_feast_is_told_not_to_compare_the_last_written_stays(platform: Settings, tmp_path: Path):
+    shop = Shop("ours on local files", tmp_path, platform, skip_dedup=True)
+    make_view(shop, timedelta(0), {"x": NOW, "y": NOW})
+    load(shop)
+    make_view(shop, timedelta(0), {"y": NOW - timedelta(days=1), "x": NOW - timedelta(days=1)})
+    load(shop)
+    assert read(shop, "x", "y") == [1, 0]
+
+
+def test_feasts_size_of_a_batch_and_its_validation_are_kept(
+    platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shop = Shop("ours on local files", tmp_path, platform)
+    make_view(shop, timedelta(0), {"x": NOW, "y": NOW, "z": NOW})
+    shop.config.materialization_config.online_write_batch_size = 2
+    sizes = []
+    write = compute_engine.write_batch
+    monkeypatch.setattr(compute_engine, "write_batch", lambda *given: sizes.append(given[-1].num_rows) or write(*given))
+    load(shop)
+    assert sizes == [2, 1]
+    view = shop.store.get_feature_view("v")
+    view.enable_validation = True
+    shop.store.apply([view])
+    load(shop)
+    assert sizes == [2, 1], "a view with validation went the short way, which does not validate"
+    assert read(shop, "x", "y", "z") == [0, 1, 2]
 
 
 def test_the_fast_way_knows_every_field_of_a_view_and_of_the_online_stores_configuration():
