@@ -147,7 +147,7 @@ bench: $(READY) ## Time the feature store beside Feast's stock parts and the lea
 	@$(CLI) up && $(BIN)/python -W ignore tests/benchmarks/features.py --scales $(or $(SCALES),1 10)
 
 format: $(READY) ## Format code and notebooks, strip the notebooks' outputs
-	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/nbstripout notebooks/*.ipynb
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/nbstripout --keep-id notebooks/*.ipynb
 
 secrets: $(READY) ## Look for secrets in every file of the repository (FILES= names some)
 	@$(if $(FILES),printf '%s\0' $(FILES),git ls-files -z) | grep -zvE '\.lock$$|^data/|\.png$$|/compiled/' | xargs -0 $(BIN)/detect-secrets-hook --no-verify --disable-plugin HexHighEntropyString --exclude-lines 'secretName:|defaultMode:|`make env`|"(wrong|hush-[0-9])"'
