@@ -137,8 +137,8 @@ test-services: $(TESTED) ## Pass the tests of one service each, against real ser
 test-notebooks: $(GROUPS) ## Run every notebook and check what it made
 	@$(PYTEST) tests/notebooks
 
-test-browser: $(VENV)/.browser ## Read every page of the site in the system's Chromium, and let axe read it (build/screenshots)
-	@$(BIN)/python -m pytest tests/browser
+test-browser: $(VENV)/.browser run ## After make run: walk the site, MLflow, the Feast UI and Lab in the system's Chromium
+	@$(PYTEST) tests/browser
 
 test-cluster: $(READY) ## Pass the tests of the manifests and of the k8s- commands
 	@$(PYTEST) tests/cluster

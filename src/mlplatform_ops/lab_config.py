@@ -35,8 +35,10 @@ def strip_outputs(model: dict[str, Any], path: str, contents_manager: Any, **_: 
 
 if "get_config" in globals():  # only where Jupyter reads this
     c = get_config()  # type: ignore[name-defined]  # noqa: F821
-    c.ContentsManager.pre_save_hook = strip_outputs
+    # By name, since Jupyter reads this file twice and would warn of a second function.
+    c.ContentsManager.pre_save_hook = "mlplatform_ops.lab_config.strip_outputs"
     # Nothing is fetched from the internet unasked, and nobody is asked whether it may.
+    c.LabApp.app_settings_dir = str(Path(__file__).with_name("lab_settings"))
     c.LabApp.news_url = None
     c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
     c.LabApp.extension_manager = "readonly"

@@ -10,6 +10,15 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 from web_pages import SHOTS
 
+from mlplatform.settings import find_root, state_folder
+from mlplatform_ops.embedded.platform import EmbeddedPlatform
+
+
+@pytest.fixture(scope="session")
+def platform() -> EmbeddedPlatform:
+    """The clone's own platform, on which `make run` ran the notebooks; `make test-browser` does that first."""
+    return EmbeddedPlatform(state_folder(find_root()))
+
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:

@@ -7,17 +7,13 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser
 from web_pages import PATIENCE_MS, SHOTS
 
-from mlplatform_ops.site.build import build
-
-ROOT = Path(__file__).parents[2]
+from mlplatform.settings import find_root
 
 
-@pytest.fixture(scope="module")
-def site(executed: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All pages."""
-    folder = tmp_path_factory.mktemp("built") / "site"
-    build(ROOT, next(iter(executed.values())).parent, folder)
-    return folder
+@pytest.fixture
+def site() -> Path:
+    """The pages that `make run` made."""
+    return find_root() / "build" / "site"
 
 
 @pytest.mark.timeout(1800)

@@ -1,0 +1,150 @@
+"""What the notebooks tell readers to click, clicked in MLflow, the Feast UI and JupyterLab after `make run`."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from playwright.sync_api import Browser, Page, expect
+from web_pages import PATIENCE_MS, SHOTS
+
+from mlplatform.settings import MODEL_NAME, find_root
+from mlplatform_ops.embedded.platform import EmbeddedPlatform
+
+expect.set_options(timeout=PATIENCE_MS)
+
+
+def keep(page: Page, name: str) -> None:
+    page.screenshot(path=SHOTS / f"{name}.png")
+
+
+@pytest.fixture
+def mlflow(browser: Browser, platform: EmbeddedPlatform) -> Iterator[Page]:
+    """MLflow under *Model training*, as somebody signed in."""
+    settings = platform.settings
+    login = {"username": settings.tracking_username, "password": settings.tracking_password}
+    context = browser.new_context(viewport={"width": 1500, "height": 1000}, http_credentials=login)
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    page.goto(settings.tracking_uri)
+    page.get_by_text("Model training", exact=True).click()
+    yield page
+    context.close()
+
+
+def open_experiment(page: Page, name: str) -> None:
+    page.get_by_role("link", name="Experiments", exact=True).click()
+    page.get_by_role("link", name=name, exact=True).click()
+
+
+def test_a_run_of_the_experiment_shows_its_metrics_data_sets_and_artifacts(mlflow: Page) -> None:
+    open_experiment(mlflow, "income-classifier")
+    for name in ("xgboost", "random-forest", "decision-tree", "logistic-regression", "xgboost-search"):
+        expect(mlflow.get_by_role("link", name=name, exact=True).first).to_be_visible()
+    keep(mlflow, "mlflow-experiment")
+    mlflow.get_by_role("link", name="xgboost", exact=True).last.click()
+    expect(mlflow.get_by_text("roc_auc_score_test")).to_be_visible()
+    mlflow.get_by_text(re.compile(r"income-training \(")).first.click()
+    expect(mlflow.get_by_text(re.compile("s3://mlflow-datasets/")).first).to_be_visible()
+    keep(mlflow, "mlflow-data-sets")
+    mlflow.keyboard.press("Escape")
+    mlflow.get_by_role("tab", name="Artifacts").click()
+    for name in ("encoder.json", "evaluation_roc_curve_plot.png", "model_card.md"):
+        expect(mlflow.get_by_text(name)).to_be_visible()
+    mlflow.get_by_text("evaluation_roc_curve_plot.png").click()
+    expect(mlflow.get_by_role("img", name=re.compile("roc_curve")).first).to_be_visible()
+    keep(mlflow, "mlflow-artifacts")
+
+
+def test_the_chart_view_draws_the_metrics(mlflow: Page) -> None:
+    open_experiment(mlflow, "income-classifier")
+    mlflow.locator("label", has=mlflow.locator("input[value=CHART]")).click()
+    mlflow.get_by_placeholder("Search metric charts").fill("roc_auc_score_test")
+    expect(mlflow.get_by_text("roc_auc_score_test").first).to_be_visible()
+    expect(mlflow.locator(".js-plotly-plot").first).to_contain_text("0.88")
+    keep(mlflow, "mlflow-chart")
+
+
+def test_the_registry_shows_the_champion_with_its_decision_and_signature(mlflow: Page) -> None:
+    mlflow.get_by_role("link", name="Model registry").click()
+    mlflow.get_by_role("dialog").get_by_role("button", name="Close").click()
+    mlflow.get_by_role("link", name=MODEL_NAME, exact=True).click()
+    expect(mlflow.get_by_text("champion").first).to_be_visible()
+    keep(mlflow, "mlflow-registry")
+    mlflow.get_by_role("link", name="Version 1", exact=True).first.click()
+    for text in ("Source Run", "Schema"):
+        expect(mlflow.get_by_text(text).first).to_be_visible()
+    keep(mlflow, "mlflow-version")
+
+
+def test_the_feast_ui_shows_the_views_and_the_service(browser: Browser, platform: EmbeddedPlatform) -> None:
+    platform.up(also=["feast-ui"])
+    url = next(service.url for service in platform.status() if service.name == "feast-ui")
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    page.goto(url)
+    page.get_by_role("link", name="Feature Views").first.click()
+    for name in ("demographic", "occupation", "relationship"):
+        expect(page.get_by_role("link", name=name, exact=True).first).to_be_visible()
+    page.get_by_role("link", name="demographic", exact=True).first.click()
+    for name in ("Sex", "Race", "Native_country"):
+        expect(page.get_by_text(name, exact=True).first).to_be_visible()
+    keep(page, "feast-view")
+    page.get_by_role("link", name="Feature Services").first.click()
+    page.get_by_role("link", name="income_v1", exact=True).first.click()
+    expect(page.get_by_text("Education", exact=True).first).to_be_visible()
+    keep(page, "feast-service")
+    context.close()
+
+
+def answers(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=10).ok
+    except requests.ConnectionError:
+        return False
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[str]:
+    """The address that `make lab` prints, once it answers there."""
+    said = tmp_path / "said"
+    with said.open("w") as output:
+        process = subprocess.Popen(["make", "-s", "lab"], cwd=find_root(), stderr=output, start_new_session=True)  # noqa: S607
+    try:
+        deadline = time.monotonic() + PATIENCE_MS / 1000
+        while not (found := re.search(r"^JupyterLab: (\S+)$", said.read_text(), re.MULTILINE)) or not answers(found[1]):
+            assert process.poll() is None, said.read_text()
+            assert time.monotonic() < deadline, said.read_text()
+            time.sleep(0.2)
+        yield found[1]
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def test_lab_opens_at_notebook_1_runs_it_to_its_end_and_git_stays_clean(browser: Browser, lab: str) -> None:
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    page.goto(lab)
+    expect(page.get_by_role("heading", name="1. Explore the data").first).to_be_visible()
+    keep(page, "lab")
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    expect(page.locator(".jp-Notebook")).to_contain_text("ceiling_accuracy: 0.86")
+    keep(page, "lab-run")
+    expect(page.get_by_text("official Jupyter news")).to_have_count(0)
+    page.keyboard.press("Control+s")
+    expect(page.locator(".jp-mod-dirty")).to_have_count(0)
+    assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    context.close()
+    command = ["git", "diff", "--stat", "notebooks/01_explore_data.ipynb"]
+    assert subprocess.check_output(command, cwd=find_root(), text=True) == ""
