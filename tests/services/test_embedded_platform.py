@@ -245,7 +245,8 @@ def assert_stored(platform: EmbeddedPlatform) -> None:
     try:
         assert bucket(settings).Object("kept.txt").get()["Body"].read() == b"kept" * 100_000
     except botocore.exceptions.ClientError as error:
-        pytest.fail(f"the object is lost: {error}")
+        log = (platform.state / "logs" / "object-store.log").read_text()[-3_000:]
+        pytest.fail(f"the object is lost: {error}\n{log}")
     assert redis.Redis.from_url(settings.redis_url).get("kept") == b"kept"
     found = requests.get(
         f"{settings.tracking_uri}/api/2.0/mlflow/experiments/get-by-name",
