@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import io
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from mlplatform.errors import PortTakenError, SettingsError
+from mlplatform_ops.embedded import services
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
 from mlplatform_ops.embedded.services import INNER_PORTS, SERVICES, choose_ports
 from mlplatform_ops.ports import free_port, is_free
@@ -89,3 +93,27 @@ def test_clean_deletes_only_what_up_made(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     EmbeddedPlatform(tmp_path, environ={}).clean()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(("failures", "patience_s", "complaints"), [(0, 30, 0), (2, 30, 0), (99, 0.3, 1)])
+def test_up_waits_until_the_object_store_reads_what_it_holds(
+    monkeypatch: pytest.MonkeyPatch, failures: int, patience_s: float, complaints: int
+) -> None:
+    asked: list[str] = []
+
+    class Store:
+        def list_objects_v2(self, **_: Any) -> dict[str, Any]:
+            return {"Contents": [{"Key": "empty", "Size": 0}, {"Key": "full", "Size": 1}]}
+
+        def get_object(self, **address: Any) -> dict[str, Any]:
+            asked.append(address["Key"])
+            if len(asked) <= failures:
+                raise ClientError({"Error": {"Code": "InternalError"}}, "GetObject")
+            return {"Body": io.BytesIO(b"x")}
+
+    monkeypatch.setattr(services, "s3_client", lambda _: Store())
+    said: list[str] = []
+    services.wait_for_objects(None, patience_s=patience_s, notify=said.append)  # type: ignore[arg-type]
+    assert set(asked) == {"full"}
+    assert len(asked) == failures + 1 or complaints
+    assert len(said) == complaints

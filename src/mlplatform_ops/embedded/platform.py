@@ -52,6 +52,7 @@ from mlplatform_ops.embedded.services import (
     security_config,
     valkey_config,
     valkey_folder,
+    wait_for_objects,
 )
 from mlplatform_ops.embedded.supervisor import Supervisor, end_processes, processes_of
 from mlplatform_ops.files import private_folder, write_private
@@ -129,6 +130,7 @@ class EmbeddedPlatform:
                 self._supervisor.start(service.name)
             self._wait(services, notify)
             make_buckets(self.settings)
+            wait_for_objects(self.settings, notify=notify)
         return self.settings
 
     def down(self, *, notify: Notify = lambda _: None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -174,6 +175,35 @@ def make_buckets(settings: Settings) -> None:
     for bucket in BUCKETS:
         if bucket not in present:
             client.create_bucket(Bucket=bucket)
+
+
+def wait_for_objects(settings: Settings, *, patience_s: float = 15.0, notify: Notify = lambda _: None) -> None:
+    """Wait until what is stored can be read.
+
+    SeaweedFS lists objects from its filer as soon as it answers, and reads them once its volume server has told the
+    master which volumes it has: for a moment after a start each read fails with `InternalError`.
+
+    Args:
+        settings: The platform, whose object store answers.
+        patience_s: After how many seconds to go on all the same.
+        notify: Called with a line if it does.
+    """
+    from botocore.exceptions import ClientError
+
+    client = s3_client(settings)
+    listed = ((bucket, client.list_objects_v2(Bucket=bucket, MaxKeys=10).get("Contents", [])) for bucket in BUCKETS)
+    stored = next(((bucket, entry["Key"]) for bucket, found in listed for entry in found if entry["Size"]), None)
+    deadline = time.monotonic() + patience_s
+    while stored:
+        try:
+            client.get_object(Bucket=stored[0], Key=stored[1])["Body"].read(1)
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") == "InternalError":
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
+                notify(f"object-store does not read s3://{stored[0]}/{stored[1]}; see its log")
+        return
 
 
 def choose_ports(
