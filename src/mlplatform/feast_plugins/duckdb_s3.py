@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from importlib import resources
 from urllib.parse import urlsplit
@@ -91,12 +90,6 @@ def _secret(environ: Mapping[str, str]) -> str:
     if endpoint.netloc:
         given.append(f"USE_SSL {'true' if endpoint.scheme == 'https' else 'false'}")
     return f"CREATE SECRET ({', '.join(['TYPE s3', *given])})"
-
-
-def microseconds(moment: datetime) -> int:
-    """Count whole microseconds since 1970; a naive time is UTC."""
-    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return (aware - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
 
 def quote_name(column: str) -> str:

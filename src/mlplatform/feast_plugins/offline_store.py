@@ -36,7 +36,8 @@ from pydantic import StrictStr
 
 from mlplatform.errors import DataError, MissingObjectError
 from mlplatform.feast_plugins import distributed
-from mlplatform.feast_plugins.duckdb_s3 import connection, duckdb_errors, microseconds, quote_name
+from mlplatform.feast_plugins.duckdb_s3 import connection, duckdb_errors, quote_name
+from mlplatform.feast_plugins.moments import microseconds
 from mlplatform.feast_plugins.parquet_source import ParquetFile, _in_utc, check_endpoint, filesystem, quoted
 from mlplatform.feast_plugins.point_in_time import Lookup, point_in_time, tie_breakers
 from mlplatform.history import EVENT_TIMESTAMP

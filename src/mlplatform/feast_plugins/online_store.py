@@ -23,7 +23,7 @@ from feast.online_response import OnlineResponse
 from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]
 from pydantic import StrictStr
 
-from mlplatform.feast_plugins.duckdb_s3 import microseconds
+from mlplatform.feast_plugins.moments import microseconds
 from mlplatform.feast_plugins.online_read import OnlinePlans, ids_of
 from mlplatform.feast_plugins.registry_store import after_commit
 
@@ -210,7 +210,7 @@ class ExpiringRedisOnlineStore(RedisOnlineStore):
         ends = [(moment + lifetime) // 1_000 + 1 if expire else 0 for moment in moments]
         rows = list(zip(keys, ends, _serialised(moments), values, strict=True))
         count = len(rows)
-        if self._asks_first:
+        if self._asks_first and count > ROWS_PER_CALL:  # a single call asks and writes at once
             rows = _newer(client, fields[0], rows)
         script = client.register_script(_WRITE_IF_NEWER)
         sent: list[Future[list[int]]] = []

@@ -15,7 +15,8 @@ from feast.feature_view import DUMMY_ENTITY_ID, FeatureView
 from feast.repo_config import RepoConfig
 
 from mlplatform.errors import DataError
-from mlplatform.feast_plugins.duckdb_s3 import connection, duckdb_errors, microseconds, quote_name
+from mlplatform.feast_plugins.duckdb_s3 import connection, duckdb_errors, quote_name
+from mlplatform.feast_plugins.moments import microseconds
 from mlplatform.feast_plugins.parquet_source import ParquetFile, as_declared, same_family
 
 # Names of our own inside a query; no feature is called like that.
