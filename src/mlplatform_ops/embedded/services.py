@@ -196,7 +196,7 @@ def wait_for_objects(settings: Settings, *, patience_s: float = 15.0, notify: No
     deadline = time.monotonic() + patience_s
     while stored:
         try:
-            client.get_object(Bucket=stored[0], Key=stored[1])["Body"].read(1)
+            client.get_object(Bucket=stored[0], Key=stored[1], Range="bytes=0-0")["Body"].read()
         except ClientError as error:
             if error.response.get("Error", {}).get("Code") == "InternalError":
                 if time.monotonic() < deadline:
