@@ -210,6 +210,7 @@ def move_under_load(token: str, seconds: float) -> None:
     """Move the alias twice while 32 clients ask; say how many requests failed and how soon the move was followed."""
     import mlflow
 
+    from mlplatform.promotion.alias import sign
     from mlplatform.registry import CHAMPION, find
 
     source = find(CHAMPION)
@@ -218,8 +219,10 @@ def move_under_load(token: str, seconds: float) -> None:
     name, registry = f"benchmark-{uuid4()}", mlflow.MlflowClient()
     registry.create_registered_model(name)
     for _ in range(2):
-        registry.create_model_version(
-            name, model, source.run_id, await_creation_for=0, model_id=model.partition("/")[2]
+        sign(
+            registry.create_model_version(
+                name, model, source.run_id, await_creation_for=0, model_id=model.partition("/")[2]
+            )
         )
     registry.set_registered_model_alias(name, CHAMPION, "1")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import random
@@ -370,11 +371,19 @@ def test_a_plan_is_made_anew_when_the_registry_has_changed(platform: Settings, t
     def ask() -> dict[str, list[object]]:
         return store.get_online_features(store.get_feature_service("income_v1"), [{"user_id": "ann"}]).to_dict()
 
+    watcher = StoreWatcher(repo)
+    question = {"feature_service": "income_v1", "entities": {"user_id": ["ann"]}}
+
+    def ask_server() -> dict[str, object]:
+        watcher.look()
+        return dict(json.loads(watcher.read_plain(question).body)["metadata"])
+
     assert set(ask()) > {"Sex", "Education"}
+    assert {"Sex", "Education"} < set(ask_server()["feature_names"])
     text = (repo / "features.py").read_text()
     (repo / "features.py").write_text(
         text.replace("features=[demographic, relationship, occupation]", "features=[demographic]")
     )
     features.apply(repo)
     store.refresh_registry()
-    assert set(ask()) == {"user_id", "Sex", "Race", "Native_country"}
+    assert set(ask()) == {"user_id", "Sex", "Race", "Native_country"} == set(ask_server()["feature_names"])
