@@ -12,8 +12,8 @@ import sys
 import tempfile
 
 from mlplatform.connection import hasten_feast
-from mlplatform.registry import MODEL_NAME
 from mlplatform.serving.endpoint_log import FOLDER
+from mlplatform.table import current
 from mlplatform_serving.gate import TOKEN_VARIABLE, Gate
 
 
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mlplatform_serving", description="Serve the champion over HTTP.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=3000, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--model", default=MODEL_NAME, help="the registered model (default: %(default)s)")
+    parser.add_argument("--model", default=current().model, help="the registered model (default: %(default)s)")
     parser.add_argument(
         "--log", default=FOLDER, help="where rows and scores are logged; empty: nowhere (default: %(default)s)"
     )
