@@ -28,6 +28,7 @@ LIGHT = (
     "objectstore",
     "results",
     "settings",
+    "table",
 )
 
 

@@ -154,13 +154,11 @@ def check_columns(
 
 def in_parts(checked: pd.DataFrame, numbers: Mapping[str, Numbers]) -> pd.DataFrame:
     """Put the name of its tenth in place of each number of a frame of `check_columns`; what is none is `MISSING`."""
-    parts = {
-        name: score_bins(values[~np.isnan(values)], pd.to_numeric(checked[name], errors="coerce").to_numpy()).fillna(
-            MISSING
-        )
-        for name, values in numbers.items()
-    }
-    return checked.assign(**{name: part.set_axis(checked.index) for name, part in parts.items()})
+    parts = {}
+    for name, reference in numbers.items():
+        values = pd.to_numeric(checked[name], errors="coerce").to_numpy()
+        parts[name] = score_bins(reference[~np.isnan(reference)], values).fillna(MISSING).set_axis(checked.index)
+    return checked.assign(**parts)
 
 
 def encode(frame: pd.DataFrame, categories: Mapping[str, pd.Index]) -> dict[str, Counts]:

@@ -36,8 +36,7 @@ def group_rates(test: pd.DataFrame, probability: NDArray[np.float64]) -> pd.Data
 
     Returns:
         One row per group of the described `groups` that has positive rows, or one for all
-        rows where none is described: `column`, `group`, `positives`, `true_positive_rate`, and
-        `low`, `high`, its 95 % interval after Wilson (1927), which stays within 0 and 1.
+        rows where none is described: `column`, `group`, `positives`, `true_positive_rate`, and `low`, `high`, its 95 % interval after Wilson (1927), which stays within 0 and 1.
     """
     groups = list(table.current().groups)
     if not groups:

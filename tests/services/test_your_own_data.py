@@ -1,0 +1,159 @@
+"""docs/your-own-data.md does what it says: its files are written and its commands run, in a copy of the repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sklearn.datasets import load_breast_cancer
+
+from mlplatform.settings import STATE_VARIABLE, VARIABLES
+from mlplatform_ops.ports import free_port
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "your-own-data.md"
+BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PORTS = ("S3", "REDIS", "MLFLOW", "FEATURE_SERVER", "FEAST_UI", "ENDPOINT")
+MEANS = load_breast_cancer(as_frame=True).data.filter(like="mean ")
+
+# What came out, asked in the copy by a process that knows nothing of the page's own scripts.
+LOOK = """
+import json
+import mlflow
+import numpy as np
+from mlplatform import connect, features, history, modeling, registry, table, tracking
+from mlplatform.promotion import signing
+
+connect()
+frame, versions = table.read(), history.build_history(table.read())
+store = features.open_store()
+asked = versions[["sample_id", "event_timestamp"]]
+offline = store.get_historical_features(asked, store.get_feature_service("breast_cancer_v1")).to_df()
+online = features.read_online(store, asked["sample_id"].tolist())
+version, model = registry.find("champion"), registry.load_model()
+run = mlflow.get_run(version.run_id)
+answers = [modeling.probabilities(model, rows) for rows in (frame, offline, online)]
+print(json.dumps({
+    "dtypes": frame.dtypes.astype(str).to_dict(),
+    "signature": {
+        entry.name: entry.type.name
+        for entry in mlflow.models.get_model_info("models:/breast-cancer@champion").signature.inputs.inputs
+    },
+    "views": {
+        view.name: {field.name: str(field.dtype) for field in view.features} for view in store.list_feature_views()
+    },
+    "keys": [entity.join_key for entity in store.list_entities() if entity.name != "__dummy"],
+    "experiment": mlflow.get_experiment(run.info.experiment_id).name,
+    "metrics": run.data.metrics,
+    "data": {data.context: data.uri for data in tracking.data_sets(run)},
+    "version": version.name,
+    "signed": signing.TAG in version.tags,
+    "card": mlflow.artifacts.load_text(f"runs:/{version.run_id}/model_card.md"),
+    "registered": [entry.name for entry in mlflow.search_registered_models()],
+    "offline": offline.drop(columns=["sample_id", "event_timestamp"]).to_dict("list"),
+    "online": online.drop(columns=["sample_id", "found"]).to_dict("list"),
+    "found": online["found"].tolist(),
+    "people": int(asked["sample_id"].nunique()),
+    "answers": [answer.tolist() for answer in answers],
+}))
+"""
+
+
+class Reader:
+    """Somebody with a clone of their own, who types what the page says."""
+
+    def __init__(self, clone: Path) -> None:
+        self.clone = clone
+        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+            if (ROOT / name).is_file():
+                (clone / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, clone / name)
+        (clone / ".venv").symlink_to(sys.prefix)
+        unset = {STATE_VARIABLE, *VARIABLES.values()}
+        self.environment = {name: value for name, value in os.environ.items() if name not in unset} | {
+            "PYTHONPATH": str(clone / "src"),  # the environment knows the code of the clone under test
+            "MAKEFLAGS": " ".join(f"--old-file=.venv/.{name}" for name in ("ready", "serving", "drift")),
+            **{f"MLPLATFORM_{name}_PORT": str(free_port()) for name in PORTS},
+        }
+
+    def type(self, command: str) -> str:
+        done = subprocess.run(
+            ["/bin/sh", "-ec", command],
+            cwd=self.clone,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    def follow(self, page: str) -> list[str]:
+        """Write the files and type the commands, from the top to the bottom; give what was printed."""
+        said = []
+        for kind, text in BLOCKS.findall(page):
+            path = re.match(r"# (\S+/\S+)\n", text)
+            if path:
+                (self.clone / path[1]).parent.mkdir(exist_ok=True)
+                (self.clone / path[1]).write_text(text)
+            elif kind == "sh":
+                said.append(self.type(text))
+        return said
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    """A reader who has followed the page to its end; the platform runs until the last test."""
+    somebody = Reader(tmp_path_factory.mktemp("own") / "clone")
+    try:
+        somebody.follow(PAGE.read_text())
+        yield somebody
+    finally:
+        somebody.type("make clean")
+
+
+@pytest.fixture(scope="module")
+def found(reader: Reader) -> dict[str, Any]:
+    (reader.clone / "look.py").write_text(LOOK)
+    return json.loads(reader.type(".venv/bin/python look.py").splitlines()[-1])
+
+
+def test_numbers_are_numbers_in_the_file_the_models_signature_and_the_feature_views(found: dict[str, Any]) -> None:
+    assert found["dtypes"] == dict.fromkeys(MEANS, "float64") | {"diagnosis": "object"}
+    assert found["signature"] == dict.fromkeys(MEANS, "double")
+    fields = {name: kind for view in found["views"].values() for name, kind in view.items()}
+    assert fields == {column.replace(" ", "_"): "Float64" for column in MEANS}
+    assert {name: len(view) for name, view in found["views"].items()} == {"size": 3, "shape": 7}
+    assert found["keys"] == ["sample_id"]
+
+
+def test_the_champion_is_a_logged_evaluated_and_signed_model_of_that_table(found: dict[str, Any]) -> None:
+    assert (found["version"], found["registered"]) == ("breast-cancer", ["breast-cancer"])
+    assert found["signed"]
+    assert found["experiment"] == "breast-cancer-classifier"
+    assert 0.9 < found["metrics"]["roc_auc_score_test"] < 1
+    assert found["metrics"]["evaluation_worst_group_recall"] > 0.7
+    assert set(found["data"]) == {"training", "testing", "reference"}
+    assert all(uri.startswith("s3://mlflow-datasets/breast-cancer/") for uri in found["data"].values())
+    assert "diagnosis is malignant" in found["card"]
+    assert not re.search("census|50,000|earner", found["card"])
+
+
+def test_history_and_online_store_give_the_table_back_and_the_model_answers_the_same(found: dict[str, Any]) -> None:
+    expected = {column.replace(" ", "_"): MEANS[column].tolist() for column in MEANS}
+    assert found["people"] == len(MEANS) == 569
+    assert found["offline"] == expected
+    assert found["online"] == expected
+    assert all(found["found"])
+    from_file, from_history, from_online = found["answers"]
+    assert len(from_file) == 569
+    assert from_file == from_history == from_online
