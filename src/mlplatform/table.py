@@ -127,15 +127,15 @@ class Table(BaseModel, frozen=True, extra="forbid"):
     @model_validator(mode="after")
     def _agrees(self) -> Table:
         entity, names = self.entity, list(self.features.values())
+        taken = {self.target.column, entity.key, entity.time}
+        viewed = [column for view in self.views.values() for column in view.columns]
         wrong = {
             "the target's two values are one": self.target.positive == self.target.negative,
             "start is not before end": entity.start >= entity.end,
-            "the target, the key or the time is a column too": {self.target.column, entity.key, entity.time}
-            & {*names, *self.kinds},
+            "the target, the key or the time is a column too": not taken.isdisjoint([*names, *self.kinds]),
             "a column's name does not begin with a letter": not all(name.isidentifier() for name in names),
             "two columns differ in blanks and signs only": len(set(names)) < len(names),
-            "the views do not hold each column once": sorted(self.kinds)
-            != sorted(column for view in self.views.values() for column in view.columns),
+            "the views do not hold each column once": sorted(viewed) != sorted(self.kinds),
             "a group is no category": not set(self.groups) <= set(self.categories),
         }
         if found := next((problem for problem, holds in wrong.items() if holds), None):

@@ -35,8 +35,9 @@ def group_rates(test: pd.DataFrame, probability: NDArray[np.float64]) -> pd.Data
     """Give each group's true positive rate: the share of its positive rows whose probability is above 0.5.
 
     Returns:
-        One row per group of the described `groups` that has positive rows, or one for all
-        rows where none is described: `column`, `group`, `positives`, `true_positive_rate`, and `low`, `high`, its 95 % interval after Wilson (1927), which stays within 0 and 1.
+        One row per group of the described `groups` that has positive rows, or one for all rows where none is
+        described: `column`, `group`, `positives`, `true_positive_rate`, and `low`, `high`, its 95 % interval after
+        Wilson (1927), which stays within 0 and 1.
     """
     groups = list(table.current().groups)
     if not groups:
