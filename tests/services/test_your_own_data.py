@@ -30,7 +30,9 @@ import json
 import mlflow
 import numpy as np
 from mlplatform import connect, features, history, modeling, registry, table, tracking
+from mlplatform.monitoring import drift_watch
 from mlplatform.promotion import signing
+from mlplatform.serving import model_client
 
 connect()
 frame, versions = table.read(), history.build_history(table.read())
@@ -41,7 +43,16 @@ online = features.read_online(store, asked["sample_id"].tolist())
 version, model = registry.find("champion"), registry.load_model()
 run = mlflow.get_run(version.run_id)
 answers = [modeling.probabilities(model, rows) for rows in (frame, offline, online)]
+larger = frame.sample(300, random_state=1)
+larger["mean radius"] *= 1.2
+watched = drift_watch.watch(larger, source="larger", report=True)
 print(json.dumps({
+    "run_id": run.info.run_id,
+    "drifted": watched.columns.drifted,
+    "scores": watched.scores.columns.index.tolist(),
+    "report": sorted(name for name in mlflow.get_run(watched.run_id).data.metrics if name.startswith("evidently/mean")),
+    "served": model_client.predict(frame)["score"].tolist(),
+    "asked": model_client.predict_users([asked["sample_id"].iloc[0], "a-stranger"]).fillna("").to_dict("list"),
     "dtypes": frame.dtypes.astype(str).to_dict(),
     "signature": {
         entry.name: entry.type.name
@@ -81,7 +92,7 @@ class Reader:
         unset = {STATE_VARIABLE, *VARIABLES.values()}
         self.environment = {name: value for name, value in os.environ.items() if name not in unset} | {
             "PYTHONPATH": str(clone / "src"),  # the environment knows the code of the clone under test
-            "MAKEFLAGS": " ".join(f"--old-file=.venv/.{name}" for name in ("ready", "serving", "drift")),
+            "MAKEFLAGS": " ".join(f"--old-file=.venv/.{name}" for name in ("ready", "serving", "drift", "pipelines")),
             **{f"MLPLATFORM_{name}_PORT": str(free_port()) for name in PORTS},
         }
 
@@ -114,11 +125,12 @@ class Reader:
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     """A reader who has followed the page to its end; the platform runs until the last test."""
     somebody = Reader(tmp_path_factory.mktemp("own") / "clone")
+    page, end = PAGE.read_text().split("## At the end")
     try:
-        somebody.follow(PAGE.read_text())
+        somebody.follow(page)
         yield somebody
     finally:
-        somebody.type("make clean")
+        somebody.follow(end)
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +169,32 @@ def test_history_and_online_store_give_the_table_back_and_the_model_answers_the_
     from_file, from_history, from_online = found["answers"]
     assert len(from_file) == 569
     assert from_file == from_history == from_online
+
+
+def test_the_endpoint_takes_numbers_and_answers_as_the_model_does(found: dict[str, Any]) -> None:
+    assert found["served"] == pytest.approx(found["answers"][0], abs=1e-6)
+    assert found["asked"]["sample_id"][1] == "a-stranger"
+    assert found["asked"]["score"] == [pytest.approx(found["answers"][0][0], abs=1e-6), ""]
+
+
+def test_a_number_that_drifted_is_named_and_drawn(found: dict[str, Any]) -> None:
+    assert "mean radius" in found["drifted"]
+    assert found["report"] == [f"evidently/{column}" for column in sorted(MEANS)]
+
+
+def test_a_run_of_that_table_is_reproduced_from_its_id(reader: Reader, found: dict[str, Any]) -> None:
+    assert "DIFFERS" not in reader.type(f"make reproduce RUN={found['run_id']}")
+
+
+@pytest.mark.parametrize(
+    ("command", "what"), [("data", "make data"), ("loop", "make loop"), ("pipeline", "the pipeline")]
+)
+def test_what_is_for_the_census_refuses_in_one_line(reader: Reader, command: str, what: str) -> None:
+    said = reader.type(f"! make {command} 2>&1")
+    assert f"error: {what} is for the census and not for 'breast-cancer'; see docs/your-own-data.md" in said
+    assert "Traceback" not in said
+
+
+def test_notebook_1_says_which_columns_it_misses(reader: Reader) -> None:
+    said = reader.type("! .venv/bin/python -m mlplatform_ops run 01 2>&1")
+    assert "income_data.csv has columns missing: mean radius" in said
