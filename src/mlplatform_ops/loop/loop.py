@@ -102,10 +102,10 @@ def run(seed: int, command: Callable[[Sequence[str]], int], *, sizes: Sizes = Si
 class _Loop:
     def __init__(self, seed: int, command: Callable[[Sequence[str]], int], sizes: Sizes, notify: Notify) -> None:
         self.command, self.sizes, self.notify, self.seed = command, sizes, notify, seed
+        table.current().only_census("make loop")
         self.origin = drift_watch.champion()
         self.name = f"income-loop-{datetime.now(UTC):%Y%m%dT%H%M%S}-{seed}"
         self.folder = f"{FOLDER}/{self.name}"
-        table.current().only_census("make loop")
         frame = income.read_income()
         self.world = World(frame, seed)
         self.users = history.build_history(frame)[history.USER_ID].drop_duplicates().sample(
