@@ -1,8 +1,8 @@
 """The feature history: whom each row of the table is about, and since when.
 
-A feature store needs ids and times, and the census file has neither. This module invents them, the same on every
-machine: each row becomes one version of one user, valid from one moment on. Whoever asks the feature store about that
-user at that moment must get that row back, so the file itself checks every point-in-time join.
+A feature store needs ids and times. The census file has neither, and then this module invents them, the same on every
+machine: each row becomes one version of somebody, valid from one moment on. Whoever asks the feature store about that
+key at that moment must get that row back, so the file itself checks every point-in-time join.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def build_history(frame: pd.DataFrame, *, later_versions: int = lives.LATER_VERS
     if entity.history == "file":
         placed = frame[[entity.key, entity.time]].set_axis([entity.key, EVENT_TIMESTAMP], axis=1).reset_index(drop=True)
         if twice := int(placed.duplicated().sum()):
-            raise DataError(f"{twice} rows have the {entity.key} and the {entity.time} of another; keep one of each")
+            raise DataError(
+                f"{entity.key} and {entity.time} are those of an earlier row in {twice} rows; keep one of each"
+            )
         return placed.join(features)
     noise = _noise(len(features))
     order, linked = np.arange(len(features)), np.zeros(len(features), dtype=np.bool_)

@@ -268,7 +268,7 @@ def check(frame: pd.DataFrame, *, name: str = "the table") -> pd.DataFrame:
         try:
             times = pd.to_datetime(frame[described.entity.time], utc=True, format="ISO8601")
         except ValueError as error:
-            raise DataError(f"{name} has a {described.entity.time} that is no time ({error}); {restore}") from error
+            raise DataError(f"{name} has no time in {described.entity.time} ({error}); {restore}") from error
         typed = typed.assign(**{described.entity.time: times.astype("datetime64[us, UTC]")})
     return typed
 

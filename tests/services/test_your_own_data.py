@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from sklearn.datasets import load_breast_cancer
 
@@ -74,6 +76,58 @@ print(json.dumps({
     "found": online["found"].tolist(),
     "people": int(asked["sample_id"].nunique()),
     "answers": [answer.tolist() for answer in answers],
+}))
+"""
+
+# A table with categories, and with ids and times of its own.
+FLATS = """
+name = "flats"
+file = "flats.csv"
+model = "let-within-a-week"
+groups = ["district"]
+
+[target]
+column = "let"
+positive = "yes"
+negative = "no"
+
+[columns]
+"floor area" = "number"
+district = "category"
+rent = "number"
+
+[entity]
+name = "flat"
+key = "flat"
+time = "offered"
+history = "file"
+start = 2025-01-01
+end = 2025-12-31
+"""
+LOOK_AT_FLATS = """
+import json
+import mlflow
+from mlplatform import connect, features, history, modeling, registry, table
+
+connect()
+frame = table.read()
+versions = history.build_history(frame)
+store = features.open_store()
+offline = features.point_in_time(store, versions[["flat", "event_timestamp"]])
+last = versions.sort_values("event_timestamp").drop_duplicates("flat", keep="last")
+online = features.read_online(store, last["flat"].tolist())
+print(json.dumps({
+    "signature": [
+        (entry.name, entry.type.name)
+        for entry in mlflow.models.get_model_info("models:/let-within-a-week@champion").signature.inputs.inputs
+    ],
+    "views": {
+        view.name: {field.name: str(field.dtype) for field in view.features} for view in store.list_feature_views()
+    },
+    "history": modeling.inputs(offline).equals(modeling.inputs(frame)),
+    "online": modeling.inputs(online).equals(modeling.inputs(last).reset_index(drop=True)),
+    "flats": len(last),
+    "probability": float(modeling.probabilities(registry.load_model(), online).mean()),
 }))
 """
 
@@ -198,3 +252,29 @@ def test_what_is_for_the_census_refuses_in_one_line(reader: Reader, command: str
 def test_notebook_1_says_which_columns_it_misses(reader: Reader) -> None:
     said = reader.type("! .venv/bin/python -m mlplatform_ops run 01 2>&1")
     assert "income_data.csv has columns missing: mean radius" in said
+
+
+def test_a_table_with_categories_ids_and_times_of_its_own_takes_the_same_steps(reader: Reader) -> None:
+    rng, rows = np.random.default_rng(3), 3_000
+    flats = pd.DataFrame(
+        {
+            "offered": pd.Timestamp("2025-01-01") + pd.to_timedelta(np.sort(rng.uniform(0, 360, rows)), unit="D"),
+            "flat": rng.integers(0, 2_000, rows),
+            "floor area": rng.normal(70, 20, rows),
+            "district": rng.choice(["north", "south", "west"], rows),
+            "rent": rng.normal(900, 250, rows).round(),
+        }
+    )
+    wanted = flats["floor area"] / 20 - flats["rent"] / 250 + (flats["district"] == "north") + rng.normal(0, 1, rows)
+    flats.assign(let=np.where(wanted > 0, "yes", "no")).to_csv(reader.clone / "data" / "flats.csv", index=False)
+    (reader.clone / "data" / "table.toml").write_text(FLATS)
+    for command in (".venv/bin/python own/train.py", ".venv/bin/python own/register.py", "make features"):
+        reader.type(command)
+    (reader.clone / "look.py").write_text(LOOK_AT_FLATS)
+    found = json.loads(reader.type(".venv/bin/python look.py").splitlines()[-1])
+    assert found["signature"] == [["floor area", "double"], ["district", "string"], ["rent", "double"]]
+    assert found["views"] == {"flats": {"floor_area": "Float64", "district": "String", "rent": "Float64"}}
+    assert found["history"]
+    assert found["online"]
+    assert found["flats"] == flats["flat"].nunique() < rows
+    assert 0 < found["probability"] < 1
