@@ -52,9 +52,9 @@ class Table(BaseModel, frozen=True, extra="forbid"):
     """A description, as `data/table.toml` gives it; the file that is shipped says what each entry means."""
 
     folder: Path
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z][\w-]*$")
     file: str
-    model: str
+    model: str = Field(pattern=r"^[\w .-]+$")  # MLflow's filters put it between quotes
     kinds: dict[str, Literal["category", "number"]] = Field(alias="columns", min_length=1)
     target: Target
     entity: Entity
@@ -92,10 +92,11 @@ class Table(BaseModel, frozen=True, extra="forbid"):
         """The feature service that offers the model's exact inputs."""
         return f"{feature_name(self.name)}_v1"
 
-    def text(self, what: str) -> str:
-        """Give a text for people, or what can be said without it."""
+    @property
+    def usual_texts(self) -> dict[str, str]:
+        """What can be said to people where `texts` says nothing."""
         is_positive = f"{self.target.column} is {self.target.positive}"
-        usual = {
+        return {
             "model": f"Probability that {is_positive}, from {len(self.kinds)} columns.",
             "does": f"It gives the probability that {is_positive}.",
             "purpose": "Nobody has said: `purpose` is missing among the texts of data/table.toml.",
@@ -107,7 +108,10 @@ class Table(BaseModel, frozen=True, extra="forbid"):
             "project": f"Features of {self.name}",
             "restore": "correct it, or data/table.toml",
         }
-        return self.texts.get(what, usual[what])
+
+    def text(self, what: str) -> str:
+        """Give a text for people."""
+        return (self.usual_texts | self.texts)[what]
 
     def only_census(self, what: str) -> None:
         """Refuse what is told about the census, and would be wrong about any other table.
@@ -127,16 +131,18 @@ class Table(BaseModel, frozen=True, extra="forbid"):
     @model_validator(mode="after")
     def _agrees(self) -> Table:
         entity, names = self.entity, list(self.features.values())
-        taken = {self.target.column, entity.key, entity.time}
+        taken = {self.target.column, entity.key, entity.time, "event_timestamp"}
         viewed = [column for view in self.views.values() for column in view.columns]
         wrong = {
             "the target's two values are one": self.target.positive == self.target.negative,
             "start is not before end": entity.start >= entity.end,
             "the target, the key or the time is a column too": not taken.isdisjoint([*names, *self.kinds]),
             "a column's name does not begin with a letter": not all(name.isidentifier() for name in names),
+            "the key or a view is no single word": not all(name.isidentifier() for name in (entity.key, *self.views)),
             "two columns differ in blanks and signs only": len(set(names)) < len(names),
             "the views do not hold each column once": sorted(viewed) != sorted(self.kinds),
             "a group is no category": not set(self.groups) <= set(self.categories),
+            "texts has an entry that nobody reads": not set(self.texts) <= set(self.usual_texts),
         }
         if found := next((problem for problem, holds in wrong.items() if holds), None):
             raise ValueError(found)

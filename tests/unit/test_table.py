@@ -117,6 +117,11 @@ def test_a_name_that_is_not_described_is_no_attribute() -> None:
         ('rent = "number"', '"2nd rent" = "number"', "a column's name does not begin with a letter"),
         ('model = "let', 'groups = ["rent"]\nmodel = "let', "a group is no category"),
         ("[entity]", '[views.a]\ncolumns = ["rent"]\n[entity]', "the views do not hold each column once"),
+        ('name = "flats"', 'name = "our flats"', "name: String should match pattern"),
+        ('model = "let', "model = \"let's", "model: String should match pattern"),
+        ('rent = "number"', 'event_timestamp = "number"', "the target, the key or the time is a column too"),
+        ('key = "flat_id"', 'key = "flat id"', "the key or a view is no single word"),
+        ("[entity]", '[texts]\npurpos = "x"\n[entity]', "texts has an entry that nobody reads"),
         ('name = "flats"', "name = flats", "cannot be read as TOML"),
     ],
 )
@@ -228,6 +233,12 @@ def test_an_invented_history_gives_each_row_an_id_and_a_time_and_the_same_ones_a
     assert {name: list(part.columns) for name, part in history.split_views(versions).items()} == {
         "flats": list(versions.columns)
     }
+
+
+def test_the_census_rules_refuse_a_table_without_its_columns(clone: Path) -> None:
+    (clone / "data" / "table.toml").write_text(FLATS.replace('"invented"', '"census"'))
+    with pytest.raises(DataError, match=r"the census' history needs Sex, .*write history = \"invented\" or \"file\""):
+        history.build_history(table.read())
 
 
 def test_a_history_in_the_file_is_taken_as_it_stands(clone: Path) -> None:

@@ -67,8 +67,12 @@ def link(
         version of the one before it.
 
     Raises:
-        DataError: There are too few rows that can follow each other.
+        DataError: The table is another one, or there are too few rows that can follow each other.
     """
+    if missing := [name for name in (*_FIXED_FOR_LIFE, "Education", "Marital_Status") if name not in features]:
+        raise DataError(
+            f'the census\' history needs {", ".join(missing)}; write history = "invented" or "file" in data/table.toml'
+        )
     order = _neighbours(features, noise[:, 0])
     return order, _choose_links(_can_follow(features.iloc[order], order), noise[order, 1], later_versions)
 
