@@ -2,11 +2,16 @@
 
 from feast import Entity, Project, ValueType
 
-project = Project(name="income", description="Features of people in the 1994 census, for teaching")
+from mlplatform import table
+
+# What data/table.toml says of the table: its columns, which views they are in, and the texts for Feast's UI.
+TABLE = table.current()
+
+project = Project(name="income", description=TABLE.text("project"))
 
 user = Entity(
-    name="user",
-    join_keys=["user_id"],
+    name=TABLE.entity.name,
+    join_keys=[TABLE.entity.key],
     value_type=ValueType.STRING,
-    description="A person in the census-income data, named by a UUID",
+    description=TABLE.text("entity"),
 )

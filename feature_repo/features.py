@@ -1,92 +1,51 @@
-"""What the feature store offers: three sources, three views, and the service that names a model's exact inputs."""
+"""What the feature store offers: a source and a view for each view of data/table.toml, and a service of all of them."""
 
 from datetime import timedelta
 
-from entity import user
+from entity import TABLE, user
 from feast import FeatureService, FeatureView, Field, FileSource
-from feast.types import String
+from feast.types import Float64, String
 
 # One team keeps the repository; a view that another team keeps names that team.
 AUTHORS = "mlplatform"
-USED_BY = "income-above-50k"
+USED_BY = TABLE.model
 # A value older than this is no longer offered for training. Online, `expire_online` in feature_store.yaml decides.
 TTL = timedelta(days=365)
+TYPES = {"category": String, "number": Float64}
 
-demographic_source = FileSource(
-    name="demographic_source",
-    path="s3://feature-data-sets/demographic.parquet",
-    timestamp_field="event_timestamp",
-    description="Sex, race and country of birth, as parquet in the object store",
-)
 
-relationship_source = FileSource(
-    name="relationship_source",
-    path="s3://feature-data-sets/relationship.parquet",
-    timestamp_field="event_timestamp",
-    description="Marital status and role in the household, as parquet in the object store",
-)
+def define_source(name: str) -> FileSource:
+    """Say where the values of a view lie, and which column says since when they hold."""
+    return FileSource(
+        name=f"{name}_source",
+        path=f"s3://feature-data-sets/{name}.parquet",
+        timestamp_field="event_timestamp",
+        description=TABLE.views[name].source,
+    )
 
-occupation_source = FileSource(
-    name="occupation_source",
-    path="s3://feature-data-sets/occupation.parquet",
-    timestamp_field="event_timestamp",
-    description="Employer, education and occupation, as parquet in the object store",
-)
 
-demographic = FeatureView(
-    name="demographic",
-    entities=[user],
-    ttl=TTL,
-    schema=[
-        Field(name="Sex", dtype=String),
-        Field(name="Race", dtype=String),
-        Field(name="Native_country", dtype=String),
-    ],
-    source=demographic_source,
-    tags={
-        "authors": AUTHORS,
-        "description": "What never changes about a user; sensitive, see data/README.md",
-        "used_by": USED_BY,
-    },
-)
+def define_view(name: str) -> FeatureView:
+    """Say which columns of a source are features, and of what type."""
+    return FeatureView(
+        name=name,
+        entities=[user],
+        ttl=TTL,
+        schema=[
+            Field(name=TABLE.features[column], dtype=TYPES[TABLE.kinds[column]]) for column in TABLE.views[name].columns
+        ],
+        source=define_source(name),
+        tags={"authors": AUTHORS, "description": TABLE.views[name].description, "used_by": USED_BY},
+    )
 
-relationship = FeatureView(
-    name="relationship",
-    entities=[user],
-    ttl=TTL,
-    schema=[
-        Field(name="Marital_Status", dtype=String),
-        Field(name="Relationship", dtype=String),
-    ],
-    source=relationship_source,
-    tags={
-        "authors": AUTHORS,
-        "description": "Whom a user lives with, and how",
-        "used_by": USED_BY,
-    },
-)
 
-occupation = FeatureView(
-    name="occupation",
-    entities=[user],
-    ttl=TTL,
-    schema=[
-        Field(name="Workclass", dtype=String),
-        Field(name="Education", dtype=String),
-        Field(name="Occupation", dtype=String),
-    ],
-    source=occupation_source,
-    tags={
-        "authors": AUTHORS,
-        "description": "What a user learned and does for a living",
-        "used_by": USED_BY,
-    },
-)
+views = [define_view(name) for name in TABLE.views]
+# Feast registers what has a name of its own in this file.
+globals().update({f"{view.name}_view": view for view in views})
 
 # A model version names the service it was trained on. A model that needs other inputs gets a service of its own.
-income_v1 = FeatureService(
-    name="income_v1",
-    features=[demographic, relationship, occupation],
-    description="The exact inputs of the model income-above-50k",
+service = FeatureService(
+    name=TABLE.service,
+    features=views,
+    description=f"The exact inputs of the model {TABLE.model}",
     tags={"authors": AUTHORS, "used_by": USED_BY},
 )

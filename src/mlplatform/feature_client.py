@@ -11,11 +11,11 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from mlplatform import history
+from mlplatform import table
 from mlplatform.errors import CredentialsError, DataError, RegistryError, ServiceDownError
-from mlplatform.history import USER_ID
 
-SERVICE = "income_v1"
+__getattr__ = table.names(__name__, SERVICE=lambda described: described.service)
+
 FOUND = "found"
 NEXT_STEP = "run 'make features'"
 
@@ -25,7 +25,7 @@ _RETRIES = Retry(3, read=1, backoff_factor=0.5, allowed_methods=None)
 
 def read_server(
     users: Sequence[str],
-    features: str | Sequence[str] = SERVICE,
+    features: str | Sequence[str] | None = None,
     *,
     environ: Mapping[str, str] = os.environ,
     timeout_s: float = 10.0,
@@ -34,7 +34,7 @@ def read_server(
 
     Args:
         users: User ids.
-        features: The name of a feature service, or `view:feature` for each feature.
+        features: The name of a feature service, by default the model's, or `view:feature` for each feature.
         environ: Variables by name: `FEATURE_SERVER_URL`, and `FEATURE_SERVER_TOKEN` if the server wants one.
         timeout_s: How long the server may take, in seconds; a connection that breaks is tried again, within 3 s.
 
@@ -47,7 +47,8 @@ def read_server(
         CredentialsError: The server wants another token.
         ServiceDownError: The server does not answer, or fails.
     """
-    url = environ["FEATURE_SERVER_URL"]
+    url, key = environ["FEATURE_SERVER_URL"], table.current().entity.key
+    features = features or table.current().service
     asked = {"feature_service": features} if isinstance(features, str) else {"features": list(features)}
     token = environ.get("FEATURE_SERVER_TOKEN")
     try:
@@ -55,7 +56,7 @@ def read_server(
             session.mount(url, HTTPAdapter(max_retries=_RETRIES))
             reply = session.post(
                 f"{url}/get-online-features",
-                json={**asked, "entities": {USER_ID: list(checked_users(users))}},
+                json={**asked, "entities": {key: list(checked_users(users))}},
                 headers={"Authorization": f"Bearer {token}"} if token else {},
                 timeout=timeout_s,
             )
@@ -71,7 +72,7 @@ def read_server(
         )
     answer = reply.json()
     named = dict(zip(answer["metadata"]["feature_names"], answer["results"], strict=True))
-    named.pop(USER_ID, None)
+    named.pop(key, None)
     return online_frame(
         users,
         {name: column["values"] for name, column in named.items()},
@@ -88,7 +89,7 @@ def require_found(online: pd.DataFrame) -> pd.DataFrame:
     Raises:
         RegistryError: A user is unknown to the online store; the message names the first ones.
     """
-    unknown = online.loc[~online[FOUND], USER_ID].tolist()
+    unknown = online.loc[~online[FOUND], table.current().entity.key].tolist()
     if unknown:
         names = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise RegistryError(f"the online store knows nothing of user {names}; check the id, or {NEXT_STEP}")
@@ -101,8 +102,11 @@ def online_frame(
     """Arrange an online answer as a frame: user, `found`, and the features in our order."""
     found = [all(flags) for flags in zip(*stored, strict=True)]
     # Feast gives the features in an order that differs from call to call.
-    order = sorted(columns, key=lambda name: history.FEATURES.index(name) if name in history.FEATURES else -1)
-    return pd.DataFrame({USER_ID: list(users), FOUND: found, **{name: columns[name] for name in order}})
+    known = list(table.current().features.values())
+    order = sorted(columns, key=lambda name: known.index(name) if name in known else -1)
+    return pd.DataFrame(
+        {table.current().entity.key: list(users), FOUND: found, **{name: columns[name] for name in order}}
+    )
 
 
 def checked_users(users: Sequence[str]) -> Sequence[str]:
@@ -112,7 +116,7 @@ def checked_users(users: Sequence[str]) -> Sequence[str]:
         DataError: The list is empty, or an id is not text.
     """
     if len(users) == 0:
-        raise DataError("no user was asked about; give at least one user_id")
+        raise DataError(f"no user was asked about; give at least one {table.current().entity.key}")
     wrong = [user for user in users if not isinstance(user, str)]
     if wrong:
         raise DataError(f"user ids are text, and {wrong[0]!r} is not; convert them with str")

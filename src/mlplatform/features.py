@@ -20,17 +20,18 @@ from feast.errors import FeastObjectNotFoundException
 from feast.repo_config import load_repo_config
 from feast.repo_operations import apply_total
 
-from mlplatform import history, objectstore
+from mlplatform import history, objectstore, table
 from mlplatform.errors import DataError, MissingObjectError, RegistryError, credentials_refused, service_down
 from mlplatform.feast_plugins.compute_engine import MaterialisedView, PipelinedComputeEngine
 from mlplatform.feast_plugins.registry_store import LostRaceError, applying, importing_from
-from mlplatform.feature_client import NEXT_STEP, SERVICE, checked_users, online_frame
-from mlplatform.history import USER_ID, WINDOW_END, WINDOW_START
-from mlplatform.income import read_income
+from mlplatform.feature_client import NEXT_STEP, checked_users, online_frame
 from mlplatform.settings import FEATURES_BUCKET, find_root
 
-# One day past the window, so that its last moments are in.
-MATERIALISE_END = WINDOW_END + pd.Timedelta(days=1)
+__getattr__ = table.names(
+    __name__,
+    # One day past the window, so that its last moments are in.
+    MATERIALISE_END=lambda described: pd.Timestamp(described.entity.end, tz="UTC") + pd.Timedelta(days=1),
+)
 
 Notify = Callable[[str], None]
 
@@ -104,8 +105,8 @@ def apply(repo: Path | None = None, *, notify: Notify = lambda _: None) -> Featu
 
 def materialise(
     store: FeatureStore,
-    start: datetime = WINDOW_START,
-    end: datetime = MATERIALISE_END,
+    start: datetime | None = None,
+    end: datetime | None = None,
     *,
     notify: Notify = lambda _: None,
 ) -> list[MaterialisedView]:
@@ -116,8 +117,8 @@ def materialise(
 
     Args:
         store: The feature store.
-        start: The range's first moment; UTC if naive.
-        end: Its last moment, included.
+        start: The range's first moment, by default the history's; UTC if naive.
+        end: Its last moment, included; by default a day past the history's window.
         notify: Called with a line per view, and one for all.
 
     Returns:
@@ -128,6 +129,8 @@ def materialise(
         RegistryError: Nothing is registered, or another command changed the registry meanwhile.
         ServiceDownError: The object store or the online store does not answer.
     """
+    described = table.current().entity
+    start, end = start or pd.Timestamp(described.start), end or pd.Timestamp(described.end) + pd.Timedelta(days=1)
     if not _utc(start) < _utc(end):
         raise DataError(f"no time lies between {start} and {end}; give a start before the end")
     views = [view.name for view in store.list_feature_views()]
@@ -150,10 +153,10 @@ def materialise(
 
 
 def build(data_path: Path | None = None, repo: Path | None = None, *, notify: Notify = print) -> list[MaterialisedView]:
-    """Do all steps from the income file to features online; doing them twice changes nothing.
+    """Do all steps from the table's file to features online; doing them twice changes nothing.
 
     Args:
-        data_path: The income file, by default `data/income_data.csv` of the clone around the working directory.
+        data_path: The file, by default the described one.
         repo: As in `open_store`.
         notify: Called with a line for each step.
 
@@ -161,7 +164,7 @@ def build(data_path: Path | None = None, repo: Path | None = None, *, notify: No
         What was materialised, view by view.
     """
     started = time.perf_counter()
-    versions = history.build_history(read_income(data_path or find_root() / "data" / "income_data.csv"))
+    versions = history.build_history(table.read(data_path))
     write_history(versions, notify=notify)
     store = apply(repo, notify=notify)
     written = materialise(store, notify=notify)
@@ -170,14 +173,14 @@ def build(data_path: Path | None = None, repo: Path | None = None, *, notify: No
 
 
 def point_in_time(
-    store: FeatureStore, entity_df: pd.DataFrame, features: str | Sequence[str] = SERVICE
+    store: FeatureStore, entity_df: pd.DataFrame, features: str | Sequence[str] | None = None
 ) -> pd.DataFrame:
     """Call `get_historical_features`: what was known of each user at each moment; misspelt names are named.
 
     Args:
         store: The feature store.
-        entity_df: `user_id`, `event_timestamp` (UTC if naive), and any other columns, which are kept.
-        features: The name of a feature service, or `view:feature` for each feature.
+        entity_df: The key, `event_timestamp` (UTC if naive), and any other columns, which are kept.
+        features: The name of a feature service, by default the model's, or `view:feature` for each feature.
 
     Returns:
         The same rows in the same order with a column per feature. A value is null if it did not exist yet, is older
@@ -195,7 +198,7 @@ def point_in_time(
     return frame
 
 
-def read_online(store: FeatureStore, users: Sequence[str], features: str | Sequence[str] = SERVICE) -> pd.DataFrame:
+def read_online(store: FeatureStore, users: Sequence[str], features: str | Sequence[str] | None = None) -> pd.DataFrame:
     """Call `get_online_features`; adds a column that tells a user without a stored value from one whose value is null.
 
     A value past its ttl is gone if `expire_online` is on in `feature_store.yaml`. Ours is off: it stays, however old.
@@ -206,7 +209,7 @@ def read_online(store: FeatureStore, users: Sequence[str], features: str | Seque
         features: As in `point_in_time`.
 
     Returns:
-        One row per user, in the order asked: `user_id`, `found` (bool: every feature asked for is stored), and the
+        One row per user, in the order asked: the key, `found` (bool: every feature asked for is stored), and the
         features, which are null for a user who is not found.
 
     Raises:
@@ -214,11 +217,12 @@ def read_online(store: FeatureStore, users: Sequence[str], features: str | Seque
         RegistryError: As in `point_in_time`.
         ServiceDownError: The online store does not answer.
     """
-    rows = [{USER_ID: user} for user in checked_users(users)]
+    key = table.current().entity.key
+    rows = [{key: user} for user in checked_users(users)]
     with _store_errors(store.config.online_store.connection_string, store):
         answer = store.get_online_features(features=_resolve(store, features), entity_rows=rows)
     columns = answer.to_dict(include_event_timestamps=True)
-    names = [name for name in columns if name != USER_ID and not name.endswith("__ts")]
+    names = [name for name in columns if name != key and not name.endswith("__ts")]
     return online_frame(
         users,
         {name: columns[name] for name in names},
@@ -226,8 +230,9 @@ def read_online(store: FeatureStore, users: Sequence[str], features: str | Seque
     )
 
 
-def _resolve(store: FeatureStore, features: str | Sequence[str]) -> FeatureService | list[str]:
+def _resolve(store: FeatureStore, features: str | Sequence[str] | None) -> FeatureService | list[str]:
     """Look the names up in the registry, so that the error for a misspelt one lists those that exist."""
+    features = features or table.current().service
     if isinstance(features, str):
         service: FeatureService = store.get_feature_service(features)
         return service

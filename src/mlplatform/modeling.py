@@ -1,6 +1,6 @@
-"""Models of the income data: a scikit-learn pipeline from raw categories to a probability, and its scores.
+"""Models of the table: a scikit-learn pipeline from raw categories and numbers to a probability, and its scores.
 
-The encoder is part of the pipeline, so whoever loads a model sends it categories and never encodes anything.
+The encoder is part of the pipeline, so whoever loads a model sends it raw values and never encodes anything.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from sklearn.compose import ColumnTransformer
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import OneHotEncoder
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
+from mlplatform import table
 from mlplatform.errors import DataError
-from mlplatform.history import RENAMED
-from mlplatform.income import COLUMNS, POSITIVE, TARGET
 
 SCORES = ("roc_auc_score_train", "roc_auc_score_test", "training_accuracy", "test_accuracy")
 
 
 def make_encoder() -> ColumnTransformer:
-    """Make a `OneHotEncoder` for the eight columns whose output keeps names: `<column>_<category>`, each 0 or 1.
+    """Make a `OneHotEncoder` for categories whose output keeps names: `<column>_<category>`, each 0 or 1.
 
-    A category that the encoder did not see when it was fitted gets 0 in every column, and is no error.
+    A category that the encoder did not see when it was fitted gets 0 in every column, and is no error. Numbers keep
+    their names, come after the categories, and are scaled to mean 0 and deviation 1, which a linear model needs.
     """
+    described = table.current()
     onehot = OneHotEncoder(handle_unknown="ignore", sparse_output=False, dtype=np.float32)
-    encoder = ColumnTransformer([("categories", onehot, list(COLUMNS))], verbose_feature_names_out=False)
+    parts = [("categories", onehot, list(described.categories)), ("numbers", StandardScaler(), list(described.numbers))]
+    encoder = ColumnTransformer([part for part in parts if part[2]], verbose_feature_names_out=False)
     return encoder.set_output(transform="pandas")
 
 
@@ -46,50 +48,63 @@ def describe_encoder(model: Pipeline) -> dict[str, Any]:
         model: A pipeline of `make_pipeline`, fitted.
 
     Returns:
-        `categories`, by raw column; `columns`, the names of the encoded columns in order.
+        `categories`, by raw column; `columns`, the names of the encoded columns in order; `numbers`, if there are any:
+        mean and deviation, by raw column.
     """
     encoder = model.named_steps["encoder"]
-    fitted = encoder.named_transformers_["categories"].categories_
-    return {
-        "categories": {column: list(map(str, known)) for column, known in zip(COLUMNS, fitted, strict=True)},
+    parts = {name: (part, columns) for name, part, columns in encoder.transformers_ if name != "remainder"}
+    onehot, columns = parts.get("categories", (None, []))
+    known = zip(columns, onehot.categories_ if onehot else [], strict=True)
+    described: dict[str, Any] = {
+        "categories": {column: list(map(str, values)) for column, values in known},
         "columns": list(map(str, encoder.get_feature_names_out())),
     }
+    if "numbers" in parts:
+        scaler, columns = parts["numbers"]
+        scales = zip(columns, scaler.mean_.tolist(), scaler.scale_.tolist(), strict=True)
+        described["numbers"] = {column: [mean, deviation] for column, mean, deviation in scales}
+    return described
 
 
 def inputs(frame: pd.DataFrame) -> pd.DataFrame:
     """Select the model's input columns in order; unlike plain indexing, refuse rows that the model knows nothing about.
 
     Args:
-        frame: The eight columns `COLUMNS` among any others, under the file's names or under the feature store's. The
-            two differ in one: `Marital-Status` is the feature `Marital_Status`.
+        frame: The described columns among any others, under the file's names or under the feature store's, such as
+            `Marital_Status` for `Marital-Status`.
 
     Returns:
-        The columns `COLUMNS` under the file's names, shape `(n_rows, 8)`.
+        The described columns under the file's names, numbers as floats.
 
     Raises:
-        DataError: A column is missing, or a value is null, as for a user whom the feature store does not know.
+        DataError: A column is missing, a number is none, or a value is null, as for a user whom the feature store does
+            not know.
     """
-    file_names = {feature: column for column, feature in RENAMED.items() if column not in frame.columns}
-    renamed = frame.rename(columns=file_names)
-    missing = [column for column in COLUMNS if column not in renamed.columns]
+    described = table.current()
+    columns = list(described.columns)
+    renamed = frame.rename(
+        columns={feature: column for column, feature in described.features.items() if column not in frame.columns}
+    )
+    missing = [column for column in columns if column not in renamed.columns]
     if missing:
-        raise DataError(f"the model's input lacks {', '.join(missing)}; give the columns {', '.join(COLUMNS)}")
-    chosen = renamed[list(COLUMNS)]
+        raise DataError(f"the model's input lacks {', '.join(missing)}; give the columns {', '.join(columns)}")
+    chosen = renamed[columns]
     nulls = int(chosen.isna().any(axis=1).sum())
     if nulls:
         raise DataError(
             f"{nulls} of {len(frame)} rows have null features; drop them: the model knows nothing about them"
         )
-    return chosen
+    return chosen.assign(**table.as_numbers(chosen, name="the model's input"))
 
 
 def labels(frame: pd.DataFrame) -> NDArray[np.int64]:
-    """Give the target as 1 for an income above 50,000 dollars and 0 for the rest."""
-    return np.asarray(frame[TARGET] == POSITIVE, dtype=np.int64)
+    """Give the target as 1 for the positive class, an income above 50,000 dollars, and 0 for the rest."""
+    target = table.current().target
+    return np.asarray(frame[target.column] == target.positive, dtype=np.int64)
 
 
 def probabilities(model: Pipeline, frame: pd.DataFrame) -> NDArray[np.float64]:
-    """Give each row's probability of an income above 50,000 dollars; adds the check of `inputs` to `predict_proba`.
+    """Give each row's probability of the positive class; adds the check of `inputs` to `predict_proba`.
 
     Args:
         model: A fitted pipeline, in memory or loaded from the registry.

@@ -6,7 +6,7 @@ a tag on the version that it concerns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,8 +16,8 @@ from mlflow.models import Model
 from mlflow.types import DataType
 from sklearn.pipeline import Pipeline
 
+from mlplatform import table
 from mlplatform.errors import RegistryError
-from mlplatform.income import COLUMNS
 from mlplatform.modeling import SCORES
 from mlplatform.promotion import lock, signing
 from mlplatform.promotion.alias import HISTORY, TEST_DATA, before, judge, mend, mlflow_errors, move, note, sign
@@ -25,24 +25,20 @@ from mlplatform.promotion.alias import PREVIOUS as PREVIOUS
 from mlplatform.promotion.alias import Promotion as Promotion
 from mlplatform.promotion.alias import find as find
 from mlplatform.settings import CHAMPION as CHAMPION
-from mlplatform.settings import MODEL_NAME as MODEL_NAME
-from mlplatform.tracking import EXPERIMENT, data_sets, model_uri
+from mlplatform.tracking import data_sets, model_uri
 
-DESCRIPTION = (
-    "Probability that a person of the 1994 census earned above 50,000 dollars a year, from eight raw categories. "
-    "For teaching: it must decide nothing about anybody."
-)
+TYPES = {"category": DataType.string, "number": DataType.double}  # of a model's inputs, by kind
 METRIC = "roc_auc_score_test"
 QUERY = "metrics.roc_auc_score_test > 0.8"
 
 
-def search(query: str = QUERY, *, metric: str = METRIC, experiment: str = EXPERIMENT) -> pd.DataFrame:
+def search(query: str = QUERY, *, metric: str = METRIC, experiment: str | None = None) -> pd.DataFrame:
     """Call `mlflow.search_runs` for finished runs only, best first, and of equals the oldest; say so if there is none.
 
     Args:
         query: A filter in MLflow's language, as typed into the search bar of its UI.
         metric: Name of the metric to order by, of which more is better.
-        experiment: Name of the experiment.
+        experiment: Name of the experiment, by default that of the training runs.
 
     Returns:
         One row per run: `run_id`, `name`, `start_time` (UTC) and the four metrics of `modeling.SCORES`.
@@ -50,6 +46,7 @@ def search(query: str = QUERY, *, metric: str = METRIC, experiment: str = EXPERI
     Raises:
         RegistryError: There is no such experiment, or no run that matches, or the query is no query.
     """
+    experiment = experiment or table.current().experiment
     with mlflow_errors():
         if mlflow.get_experiment_by_name(experiment) is None:
             raise RegistryError(f"there is no experiment {experiment!r}; run notebook 02_train_models, or 'make run'")
@@ -66,12 +63,12 @@ def search(query: str = QUERY, *, metric: str = METRIC, experiment: str = EXPERI
     return runs[["run_id", "name", "start_time", *SCORES]]
 
 
-def register(run_id: str, *, name: str = MODEL_NAME) -> int:
+def register(run_id: str, *, name: str | None = None) -> int:
     """Register the one model of a run; unlike `mlflow.register_model`, make no second version when called again.
 
     Args:
         run_id: MLflow's id of the run.
-        name: The registered model; it is made when it is not there yet.
+        name: The registered model, by default the table's; it is made when it is not there yet.
 
     Returns:
         The version's number.
@@ -79,7 +76,7 @@ def register(run_id: str, *, name: str = MODEL_NAME) -> int:
     Raises:
         RegistryError: There is no such run, or it does not have exactly one model.
     """
-    client = mlflow.MlflowClient()
+    name, client = name or table.current().model, mlflow.MlflowClient()
     with mlflow_errors():
         run = client.get_run(run_id)
         models = run.outputs.model_outputs if run.outputs else []
@@ -94,14 +91,14 @@ def register(run_id: str, *, name: str = MODEL_NAME) -> int:
             if present:
                 return int(present[0].version)
             if not client.search_registered_models(f"name = '{name}'"):
-                client.create_registered_model(name, description=DESCRIPTION)
+                client.create_registered_model(name, description=table.current().text("model"))
             made = client.create_model_version(
                 name, model_uri(model_id), run_id, tags=tags, await_creation_for=0, model_id=model_id
             )
     return int(made.version)
 
 
-def promote(version: int, *, name: str = MODEL_NAME) -> Promotion:
+def promote(version: int, *, name: str | None = None) -> Promotion:
     """Move the alias `champion` to a version, but only if its evaluation passes the gate.
 
     `set_registered_model_alias` alone would move it to any version. One promotion runs at a time per model, on all
@@ -110,13 +107,13 @@ def promote(version: int, *, name: str = MODEL_NAME) -> Promotion:
 
     Args:
         version: The challenger's number.
-        name: The registered model.
+        name: The registered model, by default the table's.
 
     Raises:
         RegistryError: There is no such version, or its run or the champion's has no evaluation.
         UntrustedModelError: The version's files are not those that its training run logged.
     """
-    client = mlflow.MlflowClient()
+    name, client = name or table.current().model, mlflow.MlflowClient()
     with mlflow_errors(), lock.exclusive(f"promotion/{name}") as held:
         champion = mend(name)
         challenger = client.get_model_version(name, str(version))
@@ -129,17 +126,18 @@ def promote(version: int, *, name: str = MODEL_NAME) -> Promotion:
     return outcome
 
 
-def rollback(reason: str, *, name: str = MODEL_NAME) -> Promotion:
+def rollback(reason: str, *, name: str | None = None) -> Promotion:
     """Make the version before the champion the champion again, whatever the gate says, and record why.
 
     Args:
         reason: Why, in a few words.
-        name: The registered model.
+        name: The registered model, by default the table's.
 
     Raises:
         RegistryError: There is no champion, or none before it.
         UntrustedModelError: The version's files are not those that were signed when it was promoted.
     """
+    name = name or table.current().model
     with mlflow_errors(), lock.exclusive(f"promotion/{name}") as held:
         champion = mend(name)
         previous = before(champion) if champion else None
@@ -152,12 +150,13 @@ def rollback(reason: str, *, name: str = MODEL_NAME) -> Promotion:
     return Promotion(True, int(previous.version), int(champion.version), text)
 
 
-def decisions(*, name: str = MODEL_NAME) -> pd.DataFrame:
+def decisions(*, name: str | None = None) -> pd.DataFrame:
     """List the decisions about all versions, oldest first; MLflow itself keeps no history of an alias.
 
     Returns:
         One row per decision: `time` (UTC), `version`, `event`.
     """
+    name = name or table.current().model
     with mlflow_errors():
         versions = mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
     rows = [
@@ -169,13 +168,13 @@ def decisions(*, name: str = MODEL_NAME) -> pd.DataFrame:
     return pd.DataFrame(sorted(rows), columns=["time", "version", "event"])
 
 
-def load_model(alias: str = CHAMPION, *, name: str = MODEL_NAME, columns: Sequence[str] = COLUMNS) -> Pipeline:
+def load_model(alias: str = CHAMPION, *, name: str | None = None, kinds: Mapping[str, str] | None = None) -> Pipeline:
     """Load the version that holds an alias; unlike `mlflow.sklearn.load_model`, verify its files before reading them.
 
     Args:
         alias: The alias.
-        name: The registered model.
-        columns: The raw columns that the caller will send, each text.
+        name: The registered model, by default the table's.
+        kinds: The raw columns that the caller will send, and their kinds; by default those of the table.
 
     Returns:
         The fitted pipeline; `modeling.probabilities` applies it.
@@ -184,20 +183,24 @@ def load_model(alias: str = CHAMPION, *, name: str = MODEL_NAME, columns: Sequen
         RegistryError: There is no such model or alias, or its model takes other columns.
         UntrustedModelError: The files are not those that were signed when the version was promoted.
     """
+    name, kinds = name or table.current().model, kinds or table.current().kinds
     version = find(alias, name=name)
     if version is None:
         raise RegistryError(f"no alias {alias!r} on {name!r}; run notebook 04_register_model, or 'make run'")
     with mlflow_errors(), TemporaryDirectory() as folder:
         files = signing.fetch_verified(version, Path(folder))
-        _check_columns(Model.load(str(files)), columns, label=signing.label(version))
+        _check_columns(Model.load(str(files)), kinds, label=signing.label(version))
         return signing.load(files)
 
 
-def _check_columns(model: Model, columns: Sequence[str], *, label: str) -> None:
+def _check_columns(model: Model, kinds: Mapping[str, str], *, label: str) -> None:
     inputs = model.signature.inputs if model.signature else None
     found = {entry.name: entry.type for entry in inputs.inputs} if inputs and not inputs.is_tensor_spec() else {}
-    if list(found) != list(columns) or set(found.values()) != {DataType.string}:
-        listed = ", ".join(f"{name} {kind.name}" for name, kind in found.items()) or "no named columns"
-        raise RegistryError(
-            f"{label} takes {listed}; asked for {', '.join(columns)} as text; promote a version that takes these"
-        )
+    asked = {name: TYPES[kind] for name, kind in kinds.items()}
+    if list(found.items()) != list(asked.items()):
+        listed = _listed(found) or "no named columns"
+        raise RegistryError(f"{label} takes {listed}; asked for {_listed(asked)}; promote a version that takes these")
+
+
+def _listed(types: Mapping[str, DataType]) -> str:
+    return ", ".join(f"{name} {kind.name}" for name, kind in types.items())

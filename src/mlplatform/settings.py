@@ -24,7 +24,6 @@ REGISTRY_BUCKET = "feature-registry"
 NOTEBOOKS_BUCKET = "executed-notebooks"
 BUCKETS = (DATASETS_BUCKET, ARTIFACTS_BUCKET, FEATURES_BUCKET, REGISTRY_BUCKET, NOTEBOOKS_BUCKET)
 
-MODEL_NAME = "income-above-50k"  # the registered model
 CHAMPION = "champion"  # the alias of the version that answers
 
 STATE_VARIABLE = "MLPLATFORM_STATE"

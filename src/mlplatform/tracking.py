@@ -15,14 +15,13 @@ from mlflow.models.model import ModelInfo
 from sklearn.base import BaseEstimator
 from sklearn.pipeline import Pipeline
 
-from mlplatform import objectstore
+from mlplatform import objectstore, table
 from mlplatform.errors import RegistryError
-from mlplatform.income import TARGET
 from mlplatform.modeling import describe_encoder, inputs, labels, make_pipeline, probabilities, scores
 from mlplatform.promotion.signing import TRUSTED_TYPES, seal
 from mlplatform.settings import DATASETS_BUCKET
 
-EXPERIMENT = "income-classifier"
+__getattr__ = table.names(__name__, EXPERIMENT=lambda described: described.experiment)
 CONTEXTS = ("training", "testing", "reference")
 ENCODER_FILE = "encoder.json"
 ANSWERS_FILE = "test_probabilities.json"  # what the model in memory answered, to compare a reloaded model with
@@ -68,15 +67,15 @@ def write_datasets(
         train: The rows to fit on.
         test: The rows held back.
         reference: All rows, which later data is compared with.
-        bucket: Where they go, each as `s3://<bucket>/income/<context>-<digest>.parquet`.
+        bucket: Where they go, each as `s3://<bucket>/<table>/<context>-<digest>.parquet`.
 
     Returns:
         MLflow's description of each, in the order of `CONTEXTS`, with the `s3://` address as its source.
     """
-    described = []
+    said, described = table.current(), []
     for context, frame in zip(CONTEXTS, (train, test, reference), strict=True):
-        uri = objectstore.write_frame(frame, f"s3://{bucket}/income/{context}.parquet")
-        dataset = from_pandas(frame, source=uri, targets=TARGET, name=f"income-{context}")
+        uri = objectstore.write_frame(frame, f"s3://{bucket}/{said.name}/{context}.parquet")
+        dataset = from_pandas(frame, source=uri, targets=said.target.column, name=f"{said.name}-{context}")
         # By itself MLflow reads every value of every row to find that it is text, which takes a second.
         dataset.schema = mlflow.models.infer_signature(frame.head()).inputs
         described.append(dataset)

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
+from mlplatform import table
 from mlplatform.connection import check_services, connect, hasten_feast, limit_waiting
 from mlplatform.errors import NotebookError, PlatformError
-from mlplatform.settings import CHAMPION, MODEL_NAME, Settings, find_root, find_settings, state_folder
+from mlplatform.settings import CHAMPION, Settings, find_root, find_settings, state_folder
 from mlplatform_ops.cluster import commands as on_cluster
 from mlplatform_ops.cluster.commands import CURRENT, Target
 from mlplatform_ops.console import say, wide_console
@@ -265,7 +266,9 @@ def data() -> None:
     """Derive data/income_data.csv again from its source and check both checksums."""
     from mlplatform_ops.income_source import derive_from_package
 
-    path = find_root() / "data" / "income_data.csv"
+    described = table.current()
+    described.only_census("make data")
+    path = described.folder / described.file
     derive_from_package(path)
     say(f"wrote {path}; both checksums are as they must be")
 
@@ -397,12 +400,12 @@ def reproduce(run_id: str, /) -> int:
 
 
 @release.command(name="shadow")
-def release_shadow(version: int, /, *, model: str = MODEL_NAME) -> None:
+def release_shadow(version: int, /, *, model: str | None = None) -> None:
     """Let a version answer every request beside the champion, whose answers alone are sent.
 
     Args:
         version: The challenger's number.
-        model: The registered model.
+        model: The registered model, by default the table's.
     """
     from mlplatform.serving import releases
 
@@ -412,13 +415,13 @@ def release_shadow(version: int, /, *, model: str = MODEL_NAME) -> None:
 
 
 @release.command(name="canary")
-def release_canary(version: int, /, *, share: float = 0.1, model: str = MODEL_NAME) -> None:
+def release_canary(version: int, /, *, share: float = 0.1, model: str | None = None) -> None:
     """Let a version answer a share of the users.
 
     Args:
         version: The challenger's number.
         share: From 0 to 1.
-        model: The registered model.
+        model: The registered model, by default the table's.
     """
     from mlplatform.serving import releases
 
@@ -428,11 +431,11 @@ def release_canary(version: int, /, *, share: float = 0.1, model: str = MODEL_NA
 
 
 @release.command(name="promote")
-def release_promote(*, model: str = MODEL_NAME) -> int:
+def release_promote(*, model: str | None = None) -> int:
     """Make the version that is being released the champion, if the gate lets it pass.
 
     Args:
-        model: The registered model.
+        model: The registered model, by default the table's.
     """
     from mlplatform.serving import releases
 
@@ -443,12 +446,12 @@ def release_promote(*, model: str = MODEL_NAME) -> int:
 
 
 @release.command(name="roll-back")
-def release_roll_back(reason: str, /, *, model: str = MODEL_NAME) -> None:
+def release_roll_back(reason: str, /, *, model: str | None = None) -> None:
     """Give the alias back to the version that was champion before.
 
     Args:
         reason: Why, in a few words; the registry records it.
-        model: The registered model.
+        model: The registered model, by default the table's.
     """
     from mlplatform.serving import releases
 
@@ -457,11 +460,11 @@ def release_roll_back(reason: str, /, *, model: str = MODEL_NAME) -> None:
 
 
 @release.command(name="end")
-def release_end(*, model: str = MODEL_NAME) -> None:
+def release_end(*, model: str | None = None) -> None:
     """End a release; the champion answers everybody.
 
     Args:
-        model: The registered model.
+        model: The registered model, by default the table's.
     """
     from mlplatform.serving import releases
 
@@ -471,11 +474,11 @@ def release_end(*, model: str = MODEL_NAME) -> None:
 
 
 @release.command(name="status")
-def release_status(*, model: str = MODEL_NAME) -> None:
+def release_status(*, model: str | None = None) -> None:
     """Show which versions answer, and how.
 
     Args:
-        model: The registered model.
+        model: The registered model, by default the table's.
     """
     from mlplatform.serving import releases
 
@@ -621,13 +624,14 @@ def _summarise(executions: Sequence[Execution], settings: Settings, platform: Pl
 
     _show_results(executions)
     console = wide_console()
-    version = mlflow_rest.find_version(settings, MODEL_NAME, CHAMPION)
+    model = table.current().model
+    version = mlflow_rest.find_version(settings, model, CHAMPION)
     run = mlflow_rest.look_up(settings, "runs/get", run_id=version["run_id"]) if version else None
     if version and run:
         metrics = {entry["key"]: entry["value"] for entry in run["run"]["data"]["metrics"]}
         scores = ", ".join(f"{name} {metrics[name]:.4f}" for name in sorted(metrics.keys() & set(SCORES)))
         name = run["run"]["info"]["run_name"]
-        console.print(f"Champion    {MODEL_NAME} version {version['version']} ({name}): {scores}")
+        console.print(f"Champion    {model} version {version['version']} ({name}): {scores}")
     if platform == "k8s":
         console.print("MLflow, S3  make k8s-forward  (their addresses and credentials, until Ctrl-C)")
     else:

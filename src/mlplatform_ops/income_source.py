@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from mlplatform import income
 from mlplatform.errors import DataError, ServiceDownError
-from mlplatform.income import COLUMNS, TARGET
 
 ADULT_COLUMNS = (
     "Age",
@@ -63,13 +63,13 @@ def derive(raw: bytes) -> pd.DataFrame:
         raw: The bytes of `adult.data`: comma and blank between values, no header.
 
     Returns:
-        Text columns `COLUMNS` and `TARGET`, shape `(30162, 9)` for the original file, with a new index from 0.
+        Text columns, eight and the target, shape `(30162, 9)` for the original file, with a new index from 0.
     """
     adult = pd.read_csv(
         io.BytesIO(raw), header=None, names=list(ADULT_COLUMNS), dtype=str, keep_default_na=False, skipinitialspace=True
     )
     known = (adult != UNKNOWN).all(axis=1)
-    return adult.loc[known, [*COLUMNS, TARGET]].reset_index(drop=True)
+    return adult.loc[known, [*income.COLUMNS, income.TARGET]].reset_index(drop=True)
 
 
 def derive_from_package(path: Path) -> str:

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.tree import DecisionTreeClassifier
 from xgboost import XGBClassifier
 
-from mlplatform import modeling, objectstore, tracking
+from mlplatform import modeling, objectstore, table, tracking
 from mlplatform.errors import MissingObjectError, RegistryError
 from mlplatform.promotion.alias import mlflow_errors
 from mlplatform_ops import provenance
@@ -90,7 +90,9 @@ def reproduce(run_id: str) -> list[Comparison]:
         )
     frames = {context: _read(run, entry) for context, entry in data.items() if context in tracking.CONTEXTS}
     compared = [
-        Comparison(f"{context} data", data[context].digest, from_pandas(frame, targets="Target").digest)
+        Comparison(
+            f"{context} data", data[context].digest, from_pandas(frame, targets=table.current().target.column).digest
+        )
         for context, frame in frames.items()
     ]
     estimator = make_estimator(run.data.params)

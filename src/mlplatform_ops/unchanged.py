@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
+from mlplatform import table
 from mlplatform.connection import s3_client
 from mlplatform.errors import NotebookError
 from mlplatform.results import read_results
-from mlplatform.settings import CHAMPION, FEATURES_BUCKET, MODEL_NAME, REGISTRY_BUCKET, Settings
+from mlplatform.settings import CHAMPION, FEATURES_BUCKET, REGISTRY_BUCKET, Settings
 from mlplatform_ops import mlflow_rest
 from mlplatform_ops.runner import Execution, needs, services
 
@@ -134,7 +135,8 @@ def _parts(path: Path, parameters: Mapping[str, object], settings: Settings, roo
     """Give a digest of each thing that decides what a notebook finds, by its name."""
     notebook = json.loads(path.read_text())
     cells = [["".join(cell["source"]), cell["metadata"].get("tags")] for cell in notebook["cells"]]
-    files = {root / "requirements.lock", root / "data" / "income_data.csv", *used_files(path, root)}
+    files = {root / "requirements.lock", *used_files(path, root)}
+    files |= {file for file in (root / "data").glob("*") if file.suffix in {".csv", ".toml"}}
     files |= {file for file in (root / "feature_repo").glob("*") if file.is_file()}
     return {
         "the notebook": _digest(json.dumps([cells, notebook["metadata"].get("mlplatform")]).encode()),
@@ -196,7 +198,7 @@ def _marked(path: Path, root: Path) -> list[str]:
 
 def _marks(settings: Settings, s3: S3Client) -> dict[str, str]:
     """Ask which version is champion, and what the feature store holds."""
-    champion = mlflow_rest.find_version(settings, MODEL_NAME, CHAMPION)
+    champion = mlflow_rest.find_version(settings, table.current().model, CHAMPION)
     stored = [_list(s3, f"s3://{bucket}/") for bucket in (FEATURES_BUCKET, REGISTRY_BUCKET)]
     with redis.Redis.from_url(settings.redis_url) as client:
         keys = client.dbsize()

@@ -56,7 +56,7 @@ def batch(*, people: str | None = None, scored_at: str = "2023-09-16", alias: st
     connect()
     steps.ready()
     if people is None:
-        frame = income.read_income(find_root() / "data" / "income_data.csv")
+        frame = income.read_income()
         users = history.build_history(frame)[history.USER_ID].drop_duplicates()
         people = steps.write_people(users.tolist(), pd.Timestamp(scored_at, tz="UTC"))
     root = find_root() / "build" / "pipeline"

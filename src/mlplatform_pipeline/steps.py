@@ -19,12 +19,10 @@ import pandas as pd
 import yaml
 from sklearn.base import clone
 
-from mlplatform import history, income, lineage, modeling, objectstore, registry, tracking
+from mlplatform import feature_client, history, income, lineage, modeling, objectstore, registry, table, tracking
 from mlplatform.connection import hasten_feast
 from mlplatform.errors import DataError, PlatformError, RegistryError
-from mlplatform.feature_client import SERVICE
-from mlplatform.history import EVENT_TIMESTAMP, USER_ID
-from mlplatform.income import COLUMNS
+from mlplatform.history import EVENT_TIMESTAMP
 from mlplatform.monitoring import drift_watch
 from mlplatform.promotion import evaluation, gate
 from mlplatform.promotion.alias import ask_gate
@@ -46,6 +44,7 @@ PREDICTIONS = f"s3://{DATASETS_BUCKET}/predictions/income.parquet"
 
 def ready() -> None:
     """Let every library in a step's process find the platform; a service that is down is named by whoever asks it."""
+    table.current().only_census("the pipeline")
     settings = find_settings()
     os.environ.update(settings.to_env())
     hasten_feast()
@@ -99,7 +98,9 @@ def write_people(users: Sequence[str], moment: pd.Timestamp) -> str:
     Raises:
         DataError: There is no user, or one twice.
     """
-    people = pd.DataFrame({USER_ID: pd.Series(list(users), dtype=object), EVENT_TIMESTAMP: moment.as_unit("us")})
+    people = pd.DataFrame(
+        {history.USER_ID: pd.Series(list(users), dtype=object), EVENT_TIMESTAMP: moment.as_unit("us")}
+    )
     return objectstore.write_frame(check_people(people, "the list"), PEOPLE)
 
 
@@ -109,14 +110,14 @@ def check_people(people: pd.DataFrame, uri: str) -> pd.DataFrame:
     Raises:
         DataError: A column is missing or of another kind, there is nobody, or somebody is asked about twice.
     """
-    missing = [column for column in (USER_ID, EVENT_TIMESTAMP) if column not in people.columns]
+    missing = [column for column in (history.USER_ID, EVENT_TIMESTAMP) if column not in people.columns]
     if missing:
         found = ", ".join(map(str, people.columns)) or "no columns"
         raise DataError(f"{uri} lacks {', '.join(missing)}; it has {found}; give user_id and event_timestamp")
     if people.empty:
         raise DataError(f"{uri} names nobody; give at least one user_id")
-    asked = people[[USER_ID, EVENT_TIMESTAMP]]
-    if not asked[USER_ID].map(lambda user: isinstance(user, str)).all():
+    asked = people[[history.USER_ID, EVENT_TIMESTAMP]]
+    if not asked[history.USER_ID].map(lambda user: isinstance(user, str)).all():
         raise DataError(f"{uri} has a user_id that is not text; convert them with str")
     if not isinstance(asked[EVENT_TIMESTAMP].dtype, pd.DatetimeTZDtype) or asked[EVENT_TIMESTAMP].isna().any():
         raise DataError(
@@ -145,7 +146,7 @@ def _features_digest() -> str:
     from mlplatform import features  # Feast takes seconds to import, and most steps need it not
 
     store = features.open_store()
-    service = store.get_feature_service(SERVICE)
+    service = store.get_feature_service(feature_client.SERVICE)
     offered = {view.name: sorted(field.name for field in view.features) for view in service.feature_view_projections}
     digest = hashlib.sha256(json.dumps(offered, sort_keys=True).encode())
     for view in sorted(offered):
@@ -164,8 +165,8 @@ def fetch_features(people_uri: str) -> str:
 
     people = check_people(objectstore.read_frame(people_uri), people_uri)
     answer = features.point_in_time(features.open_store(), people)
-    answer = answer.rename(columns={feature: column for column, feature in history.RENAMED.items()})
-    return objectstore.write_frame(answer[[USER_ID, EVENT_TIMESTAMP, *COLUMNS]], FEATURES)
+    answer = answer.rename(columns={feature: column for column, feature in table.current().features.items()})
+    return objectstore.write_frame(answer[[history.USER_ID, EVENT_TIMESTAMP, *income.COLUMNS]], FEATURES)
 
 
 def score(features_uri: str, alias: str, model_version: str, part: int, parts: int) -> str:
@@ -192,11 +193,11 @@ def score(features_uri: str, alias: str, model_version: str, part: int, parts: i
         raise RegistryError(
             f"{alias!r} moved from version {model_version} to {holder} while the batch ran; run it again for one model"
         )
-    known = rows[list(COLUMNS)].notna().all(axis=1).to_numpy()
+    known = rows[list(income.COLUMNS)].notna().all(axis=1).to_numpy()
     probability = np.full(len(rows), np.nan)
     if known.any():
         probability[known] = modeling.probabilities(model, rows[known])
-    scored = rows[[USER_ID, EVENT_TIMESTAMP]].assign(probability=probability)
+    scored = rows[[history.USER_ID, EVENT_TIMESTAMP]].assign(probability=probability)
     return objectstore.write_frame(scored, PARTS)
 
 
@@ -211,17 +212,17 @@ def collect(people_uri: str, features_uri: str, features_digest: str, model_vers
     """
     people = check_people(objectstore.read_frame(people_uri), people_uri)
     joined = pd.concat([objectstore.read_frame(uri) for uri in parts], ignore_index=True)
-    found = people.merge(joined, on=[USER_ID, EVENT_TIMESTAMP], how="left", validate="one_to_one")
+    found = people.merge(joined, on=[history.USER_ID, EVENT_TIMESTAMP], how="left", validate="one_to_one")
     if len(joined) != len(people):
         raise DataError(f"{len(joined)} predictions for {len(people)} people; run the pipeline again")
     uri = objectstore.write_frame(found, PREDICTIONS)
-    version = mlflow.MlflowClient().get_model_version(registry.MODEL_NAME, model_version)
+    version = mlflow.MlflowClient().get_model_version(table.current().model, model_version)
     record = {
         "people": people_uri,
         "features": features_uri,
         "features_digest": features_digest,
-        "feature_service": SERVICE,
-        "model": registry.MODEL_NAME,
+        "feature_service": feature_client.SERVICE,
+        "model": table.current().model,
         "model_version": model_version,
         "training_run": str(version.run_id),
         "parts": list(parts),
@@ -296,7 +297,7 @@ def _crossed(figures: dict[str, float], thresholds: Thresholds) -> str:
     return ""
 
 
-def train(data_uri: str, alias: str, seed: int, model: str = registry.MODEL_NAME) -> str:
+def train(data_uri: str, alias: str, seed: int, model: str | None = None) -> str:
     """Fit the champion's estimator on a window of labelled rows, as notebook 2 does, and evaluate it for the gate.
 
     The champion is evaluated on the same rows: how it did on those of its own time says nothing about these.
@@ -305,7 +306,7 @@ def train(data_uri: str, alias: str, seed: int, model: str = registry.MODEL_NAME
         data_uri: The eight columns and the target.
         alias: Whose estimator is used.
         seed: Of the split.
-        model: The registered model.
+        model: The registered model, by default the table's.
 
     Returns:
         MLflow's run, in an experiment of its own: notebook 4 compares runs that were tested on the same rows.
@@ -314,6 +315,7 @@ def train(data_uri: str, alias: str, seed: int, model: str = registry.MODEL_NAME
         DataError: The table is not the income data's shape.
         RegistryError: No version holds the alias.
     """
+    model = model or table.current().model
     frame = income.check_income(objectstore.read_frame(data_uri), name=data_uri)
     champion, holder = registry.load_model(alias, name=model), drift_watch.champion(alias, name=model)
     training, testing = income.split(frame, seed=seed)
@@ -328,12 +330,13 @@ def train(data_uri: str, alias: str, seed: int, model: str = registry.MODEL_NAME
     return run.run_id
 
 
-def decide(run_id: str, model: str = registry.MODEL_NAME) -> str:
+def decide(run_id: str, model: str | None = None) -> str:
     """Register a run's model and ask the gate; a version that passes waits for its release.
 
     Returns:
         What the gate said, and what to type next.
     """
+    model = model or table.current().model
     version = registry.register(run_id, name=model)
     outcome = ask_gate(version, name=model)
     then = f"; release it with 'release shadow {version}'" if outcome.promoted else ""

@@ -12,7 +12,7 @@ import sys
 import tempfile
 
 from mlplatform.connection import hasten_feast
-from mlplatform.registry import MODEL_NAME
+from mlplatform.errors import PlatformError
 from mlplatform.serving.endpoint_log import FOLDER
 from mlplatform_serving.gate import TOKEN_VARIABLE, Gate
 
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mlplatform_serving", description="Serve the champion over HTTP.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=3000, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--model", default=MODEL_NAME, help="the registered model (default: %(default)s)")
+    parser.add_argument("--model", help="the registered model (default: the one that data/table.toml names)")
     parser.add_argument(
         "--log", default=FOLDER, help="where rows and scores are logged; empty: nowhere (default: %(default)s)"
     )
@@ -36,9 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
             import uvicorn
         except ImportError:
             sys.exit("error: the packages of the group 'serving' are not installed; run 'make .venv/.serving'")
-        from mlplatform_serving import service
-
-        service.MODEL, service.LOG = options.model, options.log
+        try:
+            from mlplatform_serving import service
+        except PlatformError as error:  # it reads the description of the table
+            sys.exit(f"error: {error}")
+        service.MODEL, service.LOG = options.model or service.MODEL, options.log
         # While a token is being replaced, the one before it is valid too.
         tokens = [value for name in (TOKEN_VARIABLE, f"{TOKEN_VARIABLE}_PREVIOUS") if (value := os.environ.get(name))]
         app = Gate(service.application(), lambda: service.predictor().problem, tokens=tokens)

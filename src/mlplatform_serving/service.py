@@ -17,10 +17,8 @@ import bentoml
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.responses import JSONResponse, Response
 
+from mlplatform import table
 from mlplatform.errors import PlatformError
-from mlplatform.feature_client import SERVICE
-from mlplatform.income import COLUMNS
-from mlplatform.registry import MODEL_NAME
 from mlplatform.serving import endpoint_log
 from mlplatform.serving.endpoint_log import EndpointLog
 from mlplatform.serving.online_reader import OnlineReader
@@ -28,24 +26,24 @@ from mlplatform.serving.predictor import Follower, Prediction, Predictor
 from mlplatform.serving.served_model import ServedModel
 from mlplatform_serving import metrics
 
-MODEL = MODEL_NAME  # the registered model that is served; set before the application is made
+TABLE = table.current()
+MODEL = TABLE.model  # the registered model that is served; set before the application is made
 LOG = endpoint_log.FOLDER  # where rows and scores are logged; the shadow's beside it
 MOST_ROWS = 1_000
 Category = Annotated[str, Field(min_length=1, max_length=100)]
-_FIELDS = [column.replace("-", "_") for column in COLUMNS]
-
+KINDS = {"category": Category, "number": Annotated[float, Field(allow_inf_nan=False)]}
 _fields: dict[str, Any] = {
-    field: (Category, Field(alias=column)) for field, column in zip(_FIELDS, COLUMNS, strict=True)
+    TABLE.features[column]: (KINDS[kind], Field(alias=column)) for column, kind in TABLE.kinds.items()
 }
-_PERSON = "Eight raw categories of one person, under the names that the census file gives them."
+_PERSON = "The raw columns of one person, under the names that the table's file gives them."
 Person: Any = create_model("Person", __config__=ConfigDict(extra="forbid"), __doc__=_PERSON, **_fields)
-_row = attrgetter(*_FIELDS)
+_row = attrgetter(*_fields)
 
 
 class Score(BaseModel):
     """The answer for one person or user."""
 
-    score: float | None = Field(description="Probability of an income above 50,000 dollars; null when not known")
+    score: float | None = Field(description="Probability of the positive class; null when not known")
     reason: str | None = Field(description="Why there is no score")
     model_version: int = Field(description="The version of the model that answered")
 
@@ -61,7 +59,7 @@ class Answer(BaseModel):
 
 @bentoml.service(name="income", workers=1, metrics={"enabled": False}, logging={"access": {"enabled": False}})
 class IncomeEndpoint:
-    """Probability that a person of the 1994 census earned above 50,000 dollars a year. For teaching only."""
+    """Probability of the positive class."""
 
     def __init__(self) -> None:
         self._predictor = predictor()
@@ -75,7 +73,7 @@ class IncomeEndpoint:
 
     @bentoml.api
     async def predict(self, people: Annotated[list[Person], Field(min_length=1, max_length=MOST_ROWS)]) -> Answer:
-        """Score people by their eight raw categories."""
+        """Score people by their raw columns."""
         answer: Answer = self._answer(lambda: self._predictor.people([_row(person) for person in people]))
         return answer
 
@@ -121,7 +119,7 @@ def predictor() -> Predictor:
         Follower(name=MODEL, notify=say),
         _open_reader,
         EndpointLog(LOG, notify=say) if LOG else None,
-        EndpointLog(f"{LOG}-shadow", endpoint_log.SHADOWED, notify=say) if LOG else None,
+        EndpointLog(f"{LOG}-shadow", endpoint_log.shadowed(), notify=say) if LOG else None,
     )
 
 
@@ -130,7 +128,7 @@ def _open_reader() -> OnlineReader:
     from mlplatform.settings import find_settings
 
     repo = os.environ.get("MLPLATFORM_FEATURE_REPO")
-    return OnlineReader(open_store(Path(repo) if repo else None), SERVICE, find_settings().redis_url)
+    return OnlineReader(open_store(Path(repo) if repo else None), TABLE.service, find_settings().redis_url)
 
 
 def application() -> Any:

@@ -15,7 +15,8 @@ import requests
 from playwright.sync_api import Browser, Page, expect
 from web_pages import PATIENCE_MS, SHOTS
 
-from mlplatform.settings import MODEL_NAME, find_root
+from mlplatform import table
+from mlplatform.settings import find_root
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
 
 expect.set_options(timeout=PATIENCE_MS)
@@ -75,7 +76,7 @@ def test_the_chart_view_draws_the_metrics(mlflow: Page) -> None:
 def test_the_registry_shows_the_champion_with_its_decision_and_signature(mlflow: Page) -> None:
     mlflow.get_by_role("link", name="Model registry").click()
     mlflow.get_by_role("dialog").get_by_role("button", name="Close").click()
-    mlflow.get_by_role("link", name=MODEL_NAME, exact=True).click()
+    mlflow.get_by_role("link", name=table.current().model, exact=True).click()
     expect(mlflow.get_by_text("champion").first).to_be_visible()
     keep(mlflow, "mlflow-registry")
     mlflow.get_by_role("link", name="Version 1", exact=True).first.click()

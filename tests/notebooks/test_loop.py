@@ -26,7 +26,7 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, roc_auc_score
 from sklearn.pipeline import Pipeline
 
-from mlplatform import income, modeling, objectstore, registry, tracking
+from mlplatform import income, modeling, objectstore, registry, table, tracking
 from mlplatform.monitoring import drift
 from mlplatform.promotion import evaluation, signing
 from mlplatform.serving import releases
@@ -179,7 +179,7 @@ def test_the_platforms_own_champion_and_log_are_left_alone(
 ) -> None:
     assert releases.read() == before
     assert before.champion is not None
-    assert record["name"] != registry.MODEL_NAME
+    assert record["name"] != table.current().model
     # A later run of notebook 4 chooses among the runs of this experiment.
     names = set(mlflow.search_runs(experiment_names=[tracking.EXPERIMENT])["tags.mlflow.runName"])
     assert not {"retrained", "worse"} & names

@@ -292,8 +292,8 @@ def test_a_missing_alias_is_named_with_the_next_step(alias: str, name: str) -> N
 
 def test_a_model_with_another_signature_is_not_loaded(runs: dict[str, tracking.LoggedRun], name: str) -> None:
     registry.promote(registry.register(runs["good"].run_id, name=name), name=name)
-    with pytest.raises(RegistryError, match="asked for Age, Sex as text"):
-        registry.load_model(name=name, columns=["Age", "Sex"])
+    with pytest.raises(RegistryError, match="asked for Age double, Sex string; promote"):
+        registry.load_model(name=name, kinds={"Age": "number", "Sex": "category"})
 
 
 def test_a_model_that_nobody_signed_is_not_loaded(experiment: str, name: str) -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from mlplatform import history, modeling
+from mlplatform.census import lives
 from mlplatform.errors import DataError
 from mlplatform.income import COLUMNS, read_income
 
@@ -58,7 +59,7 @@ def test_a_later_version_differs_from_the_one_before(in_order):
 
 
 def test_education_rises_by_one_step_at_most(in_order):
-    rank = in_order["Education"].map({level: step for step, level in enumerate(history._EDUCATION)})
+    rank = in_order["Education"].map({level: step for step, level in enumerate(lives._EDUCATION)})
     steps = rank.groupby(in_order[history.USER_ID]).diff().dropna()
     assert len(steps) == 2_096
     assert steps.isin([0, 1]).all()

@@ -177,7 +177,7 @@ def released(mode: str, share: float = 0.0) -> predictor_module.Follower:
 
 
 def test_in_the_shadow_no_answer_changes_and_both_are_logged():
-    shadow_log = EndpointLog(columns=endpoint_log.SHADOWED)
+    shadow_log = EndpointLog(columns=endpoint_log.shadowed())
     predictor = predictor_module.Predictor(released("shadow"), Reader, EndpointLog(), shadow_log)  # type: ignore[arg-type]
     _, answers = predictor.users(["a", "stranger", "b"])
     assert [(entry.score, entry.version) for entry in answers] == [(0.1, 1), (None, 1), (0.1, 1)]
@@ -212,7 +212,7 @@ def test_the_log_keeps_no_user_and_drops_what_has_no_room(monkeypatch: pytest.Mo
     uri = log.write()
     assert uri is not None
     assert uri.startswith("s3://mlflow-datasets/endpoint/20")
-    assert tuple(written[0].columns) == endpoint_log.LOGGED
+    assert tuple(written[0].columns) == endpoint_log.logged()
     assert (len(written[0]), log.dropped, log.write()) == (2, 1, None)
 
 

@@ -5,7 +5,7 @@ reference never had are categories of their own, since these two are what breaks
 column: a two-sample chi-squared test, in which rare categories are pooled, notices many small moves; a test of each
 single category notices one that grew. Both together may raise a false alarm for `ALPHA` of all equal batches, over
 all columns; and a difference below `LEAST_EFFECT` is no alarm, however certain it is. Hard rules come first: they
-hold for the smallest batch too.
+hold for the smallest batch too. Of a number, the tenth of the reference's values that it falls into is its category.
 
 Nothing here talks to a server, and nothing is needed beyond numpy, pandas and SciPy.
 """
@@ -13,15 +13,16 @@ Nothing here talks to a server, and nothing is needed beyond numpy, pandas and S
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from pandas.api.types import is_numeric_dtype
 from scipy import special, stats
 
+from mlplatform import table
 from mlplatform.errors import DataError
-from mlplatform.income import COLUMNS
 
 MISSING = "(missing)"
 UNSEEN = "(never seen)"
@@ -49,24 +50,29 @@ class Reference:
         categories: The known categories of each column, in the order of `counts`; the last two are `MISSING`
             and `UNSEEN`.
         counts: Rows per category, by column; the last one is 0.
+        numbers: The reference's values of each column of numbers.
     """
 
     rows: int
     categories: Mapping[str, pd.Index]
     counts: Mapping[str, Counts]
+    numbers: Mapping[str, Numbers] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, frame: pd.DataFrame, columns: Sequence[str] = COLUMNS) -> Reference:
+    def of(cls, frame: pd.DataFrame, columns: Sequence[str] | None = None) -> Reference:
         """Count a frame.
 
         Args:
-            frame: Text columns; others than `columns` are ignored.
-            columns: The columns to watch.
+            frame: Columns of text or numbers; others than `columns` are ignored.
+            columns: The columns to watch, by default all that are described.
 
         Raises:
             DataError: A column is missing, or there is no row.
         """
+        columns = table.current().columns if columns is None else columns
         checked = check_columns(frame, columns, name="the reference")
+        numbers = {name: frame[name].to_numpy(np.float64) for name in columns if is_numeric_dtype(frame[name])}
+        checked = in_parts(checked, numbers)
         categories = {}
         for column in columns:
             known = pd.Index(checked[column].unique())
@@ -76,7 +82,7 @@ class Reference:
             column: np.bincount(codes[column], minlength=len(known)).astype(np.int64)
             for column, known in categories.items()
         }
-        return cls(len(checked), categories, counts)
+        return cls(len(checked), categories, counts, numbers)
 
 
 @dataclass(frozen=True)
@@ -117,17 +123,20 @@ class Verdict:
         return f"no alarm, {against}"
 
 
-def check_columns(frame: pd.DataFrame, columns: Sequence[str] = COLUMNS, *, name: str = "the batch") -> pd.DataFrame:
+def check_columns(
+    frame: pd.DataFrame, columns: Sequence[str] | None = None, *, name: str = "the batch"
+) -> pd.DataFrame:
     """Pick the watched columns out of a frame, each as text, with `MISSING` for what is null or blank.
 
     Args:
         frame: Any frame.
-        columns: The columns to watch.
+        columns: The columns to watch, by default all that are described.
         name: What to call the frame in the message.
 
     Raises:
         DataError: A column is missing or there twice, or there is no row.
     """
+    columns = table.current().columns if columns is None else columns
     missing = [column for column in columns if column not in frame.columns]
     if missing:
         found = ", ".join(map(str, frame.columns)) or "no columns"
@@ -141,6 +150,15 @@ def check_columns(frame: pd.DataFrame, columns: Sequence[str] = COLUMNS, *, name
     null = chosen.isna()
     text = pd.DataFrame({column: chosen[column].astype(str).str.strip() for column in columns})
     return text.mask(null | text.isin(BLANKS), MISSING)
+
+
+def in_parts(checked: pd.DataFrame, numbers: Mapping[str, Numbers]) -> pd.DataFrame:
+    """Put the name of its tenth in place of each number of a frame of `check_columns`; what is none is `MISSING`."""
+    parts = {}
+    for name, reference in numbers.items():
+        values = pd.to_numeric(checked[name], errors="coerce").to_numpy()
+        parts[name] = score_bins(reference[~np.isnan(reference)], values).fillna(MISSING).set_axis(checked.index)
+    return checked.assign(**parts)
 
 
 def encode(frame: pd.DataFrame, categories: Mapping[str, pd.Index]) -> dict[str, Counts]:
@@ -162,7 +180,7 @@ def compare(reference: Reference, batch: pd.DataFrame) -> Verdict:
     Raises:
         DataError: A column is missing, or there is no row.
     """
-    checked = check_columns(batch, list(reference.categories))
+    checked = in_parts(check_columns(batch, list(reference.categories)), reference.numbers)
     tested = len(checked) >= FEWEST_ROWS
     rows = []
     for column, codes in encode(checked, reference.categories).items():
@@ -178,18 +196,19 @@ def compare(reference: Reference, batch: pd.DataFrame) -> Verdict:
     return Verdict(len(checked), reference.rows, table, tested)
 
 
-def judge(before: Counts, counts: Counts, *, columns: int = len(COLUMNS)) -> tuple[Numbers, Numbers]:
+def judge(before: Counts, counts: Counts, *, columns: int | None = None) -> tuple[Numbers, Numbers]:
     """Test one column of many batches at once.
 
     Args:
         before: The reference's rows per category, shape `(n_categories,)` or `(n_batches, n_categories)`.
         counts: Each batch's rows per category, shape `(n_batches, n_categories)`.
-        columns: For how many columns the answer is corrected (Bonferroni).
+        columns: For how many columns the answer is corrected (Bonferroni), by default all that are described.
 
     Returns:
         The p-value, corrected for both tests and all columns, and the effect: the total variation distance, which
         is the share of rows that would have to change their category. Both of shape `(n_batches,)`.
     """
+    columns = columns or len(table.current().columns)
     before = np.broadcast_to(before, counts.shape)
     present = ((before + counts) > 0).sum(axis=1)
     p = 2 * columns * np.minimum(_p_whole(before, counts), present * _p_grown(before, counts).min(axis=1))
@@ -216,9 +235,9 @@ def _p_whole(before: Counts, counts: Counts) -> Numbers:
 
     both = pooled(total)
     statistic = np.zeros(len(total))
-    for table, size in zip(tables, sizes, strict=True):
+    for part, size in zip(tables, sizes, strict=True):
         expected = both * size / sum(sizes)
-        statistic += ((pooled(table) - expected) ** 2 / np.where(both > 0, expected, 1)).sum(axis=1)
+        statistic += ((pooled(part) - expected) ** 2 / np.where(both > 0, expected, 1)).sum(axis=1)
     freedom = (both > 0).sum(axis=1) - 1
     return np.where(freedom > 0, special.chdtrc(np.maximum(freedom, 1), statistic), 1.0)
 
@@ -312,7 +331,7 @@ def power(
     return float(alarms(before, counts, columns=len(reference.categories)).mean())
 
 
-def alarms(before: Counts, counts: Counts, *, columns: int = len(COLUMNS)) -> NDArray[np.bool_]:
+def alarms(before: Counts, counts: Counts, *, columns: int | None = None) -> NDArray[np.bool_]:
     """Say of many batches whether one column raises the alarm, by test or by hard rule; arguments as in `judge`."""
     p, moved = judge(before, counts, columns=columns)
     rows, usual = counts.sum(axis=1), np.broadcast_to(before, counts.shape)

@@ -21,9 +21,8 @@ import pandas as pd
 from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities.model_registry import ModelVersion
 
-from mlplatform import history, modeling, objectstore, registry
+from mlplatform import history, modeling, objectstore, registry, table
 from mlplatform.errors import DataError, MissingObjectError, PlatformError, RegistryError
-from mlplatform.income import COLUMNS
 from mlplatform.monitoring import drift
 from mlplatform.monitoring.drift import Performance, Reference, Verdict
 from mlplatform.serving import endpoint_log
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from feast import FeatureStore
     from sklearn.pipeline import Pipeline
 
-EXPERIMENT = "income-drift"
+__getattr__ = table.names(__name__, EXPERIMENT=lambda described: f"{described.name}-drift")
 BATCHES = f"s3://{DATASETS_BUCKET}/batches"
 REPORT = "drift/report.html"
 VERDICT = "drift/verdict.json"
@@ -48,7 +47,7 @@ class Watched:
     Attributes:
         source: What was watched: an address, or a name.
         version: The champion's version, whose reference was used.
-        columns: The verdict on the eight columns.
+        columns: The verdict on the columns.
         scores: The verdict on the model's answers.
         performance: How well it did, if labels are there.
         run_id: MLflow's run, which holds the report and every figure.
@@ -71,12 +70,13 @@ class Watched:
         return "\n".join([*lines, f"performance: {self.performance}"] if self.performance else lines)
 
 
-def champion(alias: str = registry.CHAMPION, *, name: str = registry.MODEL_NAME) -> ModelVersion:
+def champion(alias: str = registry.CHAMPION, *, name: str | None = None) -> ModelVersion:
     """Find the version whose training data is the reference.
 
     Raises:
         RegistryError: No version holds the alias.
     """
+    name = name or table.current().model
     version = registry.find(alias, name=name)
     if version is None:
         raise RegistryError(f"no alias {alias!r} on {name!r}; run notebook 04_register_model, or 'make run'")
@@ -122,7 +122,7 @@ def read_endpoint_log(prefix: str = endpoint_log.FOLDER, *, since: pd.Timestamp 
         since: Leave out what is older; UTC.
 
     Returns:
-        One row per request: the eight columns, `model_version`, `score` and `event_timestamp`.
+        One row per request: the columns, `model_version`, `score` and `event_timestamp`.
 
     Raises:
         DataError: Nothing was logged since then.
@@ -130,9 +130,8 @@ def read_endpoint_log(prefix: str = endpoint_log.FOLDER, *, since: pd.Timestamp 
     files = objectstore.list_objects(prefix + "/")
     files = files[files["uri"].str.endswith(".parquet")]
     frames = [objectstore.read_frame(uri) for uri in files["uri"]]
-    frame = (
-        pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*COLUMNS, history.EVENT_TIMESTAMP])
-    )
+    empty = pd.DataFrame(columns=[*table.current().columns, history.EVENT_TIMESTAMP])
+    frame = pd.concat(frames, ignore_index=True) if frames else empty
     if since is not None and len(frame):
         frame = frame[frame[history.EVENT_TIMESTAMP] >= since].reset_index(drop=True)
     if frame.empty:
@@ -189,17 +188,17 @@ def watch(
     truth: Sequence[int] | None = None,
     report: bool = True,
     alias: str = registry.CHAMPION,
-    name: str = registry.MODEL_NAME,
+    name: str | None = None,
 ) -> Watched:
     """Compare a batch with the data of the champion's run and log what was found.
 
     Args:
-        batch: The eight raw columns; others are ignored.
+        batch: The raw columns; others are ignored.
         source: Where the batch came from, for the record.
         truth: Labels that arrived later, 0 or 1 for each row.
         report: Whether Evidently draws its report, which takes seconds.
         alias: Whose training data is the reference.
-        name: The registered model.
+        name: The registered model, by default the table's.
 
     Raises:
         RegistryError: There is no champion, or its run logged no reference.
@@ -221,10 +220,11 @@ def watch(
         _, tested = read_context(version, "testing")
         labels = np.asarray(truth, dtype=np.int64)
         performance = drift.compare_performance(modeling.labels(tested), _score(model, tested), labels, scores)
-    mlflow.set_experiment(EXPERIMENT)
+    mlflow.set_experiment(f"{table.current().name}-drift")
     with mlflow.start_run(run_name=f"drift-{Path(source).stem}") as run:
         mlflow.log_params({"source": source, "reference": uri, "model_version": version.version, **_settings()})
-        for frame, context, place in ((reference[list(COLUMNS)], "reference", uri), (checked, "current", source)):
+        inputs = reference[list(table.current().columns)]
+        for frame, context, place in ((inputs, "reference", uri), (checked, "current", source)):
             mlflow.log_input(_described(frame, place), context=context)
         watched = Watched(source, int(version.version), columns, verdict, performance, run.info.run_id)
         mlflow.log_metrics(metrics(watched))
@@ -236,8 +236,17 @@ def watch(
 
 
 def _score(model: Pipeline, frame: pd.DataFrame) -> drift.Numbers:
-    # A missing value stands there as a category that the encoder does not know, and sets none of its columns.
-    return modeling.probabilities(model, frame[list(COLUMNS)])
+    # A missing category stands there as one that the encoder does not know, and sets none of its columns. A row that
+    # lacks a number gets no score.
+    described = table.current()
+    asked = frame[list(described.columns)].assign(
+        **{column: pd.to_numeric(frame[column], errors="coerce") for column in described.numbers}
+    )
+    known = asked[list(described.numbers)].notna().all(axis=1).to_numpy()
+    scores = np.full(len(asked), np.nan)
+    if known.any():
+        scores[known] = modeling.probabilities(model, asked[known])
+    return scores
 
 
 def _settings() -> dict[str, float]:
@@ -282,8 +291,8 @@ def log_report(reference: pd.DataFrame, batch: pd.DataFrame) -> dict[str, float]
     """Let Evidently draw its drift report and keep the page in the active run.
 
     Args:
-        reference: The eight columns.
-        batch: The eight columns; missing values are a category, which Evidently else leaves out.
+        reference: The raw columns.
+        batch: The raw columns; missing values are a category, which Evidently else leaves out.
 
     Returns:
         Evidently's own figures: `evidently/<column>`, its distance, and `evidently/drifted_columns`.
@@ -300,16 +309,21 @@ def log_report(reference: pd.DataFrame, batch: pd.DataFrame) -> dict[str, float]
 
 
 def evidently_snapshot(reference: pd.DataFrame, batch: pd.DataFrame) -> Any:
-    """Run Evidently's drift preset with its default methods and thresholds on the eight columns.
+    """Run Evidently's drift preset with its default methods and thresholds on the raw columns.
 
     Raises:
         PlatformError: Evidently is not installed.
     """
     evidently = _evidently()
-    definition = evidently.DataDefinition(categorical_columns=list(COLUMNS))
+    described = table.current()
+    kinds = {"categorical_columns": list(described.categories), "numerical_columns": list(described.numbers)}
+    definition = evidently.DataDefinition(**kinds)
     sides = [
         evidently.Dataset.from_pandas(
-            frame[list(COLUMNS)].sample(min(len(frame), REPORT_ROWS), random_state=0), data_definition=definition
+            frame[list(described.columns)]
+            .assign(**{column: pd.to_numeric(frame[column], errors="coerce") for column in described.numbers})
+            .sample(min(len(frame), REPORT_ROWS), random_state=0),
+            data_definition=definition,
         )
         for frame in (batch, reference)
     ]

@@ -12,9 +12,10 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from mlplatform import table
 from mlplatform.errors import RegistryError, credentials_refused, service_down
 from mlplatform.promotion import gate, lock, signing
-from mlplatform.settings import CHAMPION, MODEL_NAME
+from mlplatform.settings import CHAMPION
 
 PREVIOUS = "previous"
 HISTORY = "history"  # a tag with this prefix holds one decision about its version, and its time
@@ -40,9 +41,9 @@ class Promotion:
     reason: str
 
 
-def find(alias: str, *, name: str = MODEL_NAME) -> ModelVersion | None:
+def find(alias: str, *, name: str | None = None) -> ModelVersion | None:
     """Find the version that holds an alias; unlike `get_model_version_by_alias`, give `None` if there is none."""
-    client = mlflow.MlflowClient()
+    name, client = name or table.current().model, mlflow.MlflowClient()
     with mlflow_errors():
         models = client.search_registered_models(f"name = '{name}'")
         version = models[0].aliases.get(alias) if models else None
@@ -105,12 +106,12 @@ def before(champion: ModelVersion) -> ModelVersion | None:
     return find(PREVIOUS, name=champion.name)
 
 
-def ask_gate(version: int, *, name: str = MODEL_NAME) -> Promotion:
+def ask_gate(version: int, *, name: str | None = None) -> Promotion:
     """Ask the gate about a version and record its answer; the alias stays, since a release comes next.
 
     Args:
         version: The challenger's number.
-        name: The registered model.
+        name: The registered model, by default the table's.
 
     Returns:
         What a promotion would decide now.
@@ -118,6 +119,7 @@ def ask_gate(version: int, *, name: str = MODEL_NAME) -> Promotion:
     Raises:
         RegistryError: There is no such version, or its run or the champion's has no evaluation.
     """
+    name = name or table.current().model
     with mlflow_errors(), lock.exclusive(f"promotion/{name}"):
         challenger = mlflow.MlflowClient().get_model_version(name, str(version))
         outcome = judge(challenger, mend(name), passed="passes the gate")

@@ -17,10 +17,9 @@ from sklearn.model_selection import RepeatedStratifiedKFold
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
-from mlplatform.income import COLUMNS
+from mlplatform import table
 from mlplatform.modeling import labels, make_encoder, probabilities
 
-GROUPS = ("Sex", "Race")
 CARD_FILE = "model_card.md"
 
 
@@ -33,18 +32,22 @@ def calibration_error(truth: NDArray[np.int64], probability: NDArray[np.float64]
 
 
 def group_rates(test: pd.DataFrame, probability: NDArray[np.float64]) -> pd.DataFrame:
-    """Give each group's true positive rate: the share of its high earners whose probability is above 0.5.
+    """Give each group's true positive rate: the share of its positive rows whose probability is above 0.5.
 
     Returns:
-        One row per group of `GROUPS` that has high earners: `column`, `group`, `positives`, `true_positive_rate`, and
-        `low`, `high`, its 95 % interval after Wilson (1927), which stays within 0 and 1.
+        One row per group of the described `groups` that has positive rows, or one for all rows where none is
+        described: `column`, `group`, `positives`, `true_positive_rate`, and `low`, `high`, its 95 % interval after
+        Wilson (1927), which stays within 0 and 1.
     """
-    found = test.assign(found=probability > 0.5)[labels(test) == 1].melt("found", list(GROUPS), "column", "group")
+    groups = list(table.current().groups)
+    if not groups:
+        test, groups = test.assign(rows="all rows"), ["rows"]
+    found = test.assign(found=probability > 0.5)[labels(test) == 1].melt("found", groups, "column", "group")
     rates = found.groupby(["column", "group"])["found"].agg(positives="size", true_positive_rate="mean")
-    table: pd.DataFrame = rates.reset_index()
-    n, rate, z = table["positives"], table["true_positive_rate"], 1.959964
+    counted: pd.DataFrame = rates.reset_index()
+    n, rate, z = counted["positives"], counted["true_positive_rate"], 1.959964
     middle, half = rate + z**2 / (2 * n), z * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    return table.assign(low=(middle - half) / (1 + z**2 / n), high=(middle + half) / (1 + z**2 / n))
+    return counted.assign(low=(middle - half) / (1 + z**2 / n), high=(middle + half) / (1 + z**2 / n))
 
 
 def fold_scores(
@@ -63,12 +66,14 @@ def fold_scores(
         Area under the ROC curve: one row per fold, one column per estimator. `attrs` says which folds these are.
     """
     truth, scores = labels(frame), []
-    # Categories become columns without any statistics, so encoding all rows at once leaks nothing.
+    # Categories become columns without any statistics, so encoding all rows at once leaks nothing. A number is scaled.
     encoded = make_encoder().fit_transform(frame).to_numpy()
     splits = RepeatedStratifiedKFold(n_splits=folds, n_repeats=repeats, random_state=seed).split(frame, truth)
     # On busy cores the threads of a small matrix product wait for each other ten times as long.
     with threadpool_limits(1):
         for known, held in splits:
+            if table.current().numbers:
+                encoded = make_encoder().fit(frame.iloc[known]).transform(frame).to_numpy()
             fitted = {name: clone(model).fit(encoded[known], truth[known]) for name, model in estimators.items()}
             answers = {name: model.predict_proba(encoded[held])[:, 1] for name, model in fitted.items()}
             scores.append({name: roc_auc_score(truth[held], answer) for name, answer in answers.items()})
@@ -121,17 +126,19 @@ def model_card(
         measures: `roc_auc`, `precision`, `recall`, `log_loss` and `calibration_error` on these rows.
         importance: Area under the curve that is lost when a column is shuffled, by column, the largest first.
         groups: What `group_rates` gives.
-        miss: Cost of a high earner who is not found.
-        false_alarm: Cost of acting on somebody who earns less.
+        miss: Cost of a positive row that is not found.
+        false_alarm: Cost of acting on a negative one.
     """
+    described = table.current()
+    said = {name: described.text(name) for name in ("does", "purpose", "data", "inputs", "positives", "rows")}
     shares = [
-        f"- {g.column} {g.group}: {g.true_positive_rate:.3f} ({g.low:.3f} to {g.high:.3f}), {g.positives} people"
+        f"- {g.column} {g.group}: {g.true_positive_rate:.3f} ({g.low:.3f} to {g.high:.3f}), "
+        f"{g.positives} {said['rows']}"
         for g in groups.itertuples()
     ]
     template = Path(__file__).with_name(CARD_FILE).read_text()
     return template.format(
-        name=name,
-        rows=rows,
+        **said | {"name": name, "rows": rows},
         **measures,
         missed=1 - measures["recall"],
         threshold=false_alarm / (false_alarm + miss),
@@ -148,15 +155,15 @@ def describe(model: Pipeline, test: pd.DataFrame, *, name: str, miss: float = 3.
         model: A fitted pipeline.
         test: The rows held back, with the target.
         name: What the card calls it.
-        miss: Cost of a high earner who is not found.
-        false_alarm: Cost of acting on somebody who earns less.
+        miss: Cost of a positive row that is not found.
+        false_alarm: Cost of acting on a negative one.
     """
     truth, probability = labels(test), probabilities(model, test)
-    chosen = probability > 0.5
+    chosen, columns = probability > 0.5, list(table.current().columns)
     shuffled = permutation_importance(
-        model, test[list(COLUMNS)], truth, scoring="roc_auc", n_repeats=3, random_state=0, n_jobs=1
+        model, test[columns], truth, scoring="roc_auc", n_repeats=3, random_state=0, n_jobs=1
     )
-    importance = pd.Series(shuffled.importances_mean, index=list(COLUMNS)).sort_values(ascending=False)
+    importance = pd.Series(shuffled.importances_mean, index=columns).sort_values(ascending=False)
     measures = {
         "roc_auc": roc_auc_score(truth, probability),
         "precision": precision_score(truth, chosen),

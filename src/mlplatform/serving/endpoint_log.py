@@ -1,4 +1,4 @@
-"""What an endpoint saw, kept in the object store for the drift watch: eight columns, version and score, and no more."""
+"""What an endpoint saw, kept in the object store for the drift watch: the columns, version and score, and no more."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from datetime import UTC, datetime
 
 import pandas as pd
 
-from mlplatform import objectstore
+from mlplatform import objectstore, table
 from mlplatform.errors import PlatformError
 from mlplatform.history import EVENT_TIMESTAMP
-from mlplatform.income import COLUMNS
 from mlplatform.settings import DATASETS_BUCKET
 
 FOLDER = f"s3://{DATASETS_BUCKET}/endpoint"
 VERSION, SCORE = "model_version", "score"
 CHALLENGER_VERSION, CHALLENGER_SCORE = "challenger_version", "challenger_score"
-LOGGED = (*COLUMNS, VERSION, SCORE, EVENT_TIMESTAMP)
-SHADOWED = (*COLUMNS, VERSION, SCORE, CHALLENGER_VERSION, CHALLENGER_SCORE, EVENT_TIMESTAMP)
+
+
+def logged() -> tuple[str, ...]:
+    """Name the columns of a row that was answered."""
+    return (*table.current().columns, VERSION, SCORE, EVENT_TIMESTAMP)
+
+
+def shadowed() -> tuple[str, ...]:
+    """Name the columns of a row that the challenger was asked about too."""
+    return (*table.current().columns, VERSION, SCORE, CHALLENGER_VERSION, CHALLENGER_SCORE, EVENT_TIMESTAMP)
 
 
 class EndpointLog:
@@ -28,7 +35,7 @@ class EndpointLog:
 
     Args:
         folder: Where the files go.
-        columns: The columns of a row.
+        columns: The columns of a row, by default `logged()`.
         most: How many rows are kept between two writes; further ones are dropped, and counted.
         every_s: How often to write, in seconds.
         notify: Called with a line when something cannot be written.
@@ -37,13 +44,13 @@ class EndpointLog:
     def __init__(
         self,
         folder: str = FOLDER,
-        columns: Sequence[str] = LOGGED,
+        columns: Sequence[str] | None = None,
         *,
         most: int = 5_000,
         every_s: float = 10.0,
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._folder, self._columns, self._most = folder, tuple(columns), most
+        self._folder, self._columns, self._most = folder, tuple(columns or logged()), most
         self._every_s, self._notify = every_s, notify
         self._rows: deque[tuple[object, ...]] = deque()
         self._stop = threading.Event()

@@ -9,19 +9,18 @@ from typing import Any
 import pandas as pd
 import requests
 
+from mlplatform import table
 from mlplatform.errors import CredentialsError, DataError, ServiceDownError
-from mlplatform.history import USER_ID
-from mlplatform.income import COLUMNS
 
 URL_VARIABLE = "MODEL_ENDPOINT_URL"
 TOKEN_VARIABLE = "MODEL_ENDPOINT_TOKEN"  # noqa: S105 - the variable's name
 
 
 def predict(people: pd.DataFrame, *, environ: Mapping[str, str] = os.environ, timeout_s: float = 10.0) -> pd.DataFrame:
-    """Ask for people by their eight raw categories.
+    """Ask for people by their raw columns.
 
     Args:
-        people: The columns `COLUMNS` among any others.
+        people: The described columns among any others.
         environ: Where `MODEL_ENDPOINT_URL` and, if the endpoint wants one, `MODEL_ENDPOINT_TOKEN` are looked up.
         timeout_s: How long the endpoint may take, in seconds.
 
@@ -33,10 +32,11 @@ def predict(people: pd.DataFrame, *, environ: Mapping[str, str] = os.environ, ti
         CredentialsError: The endpoint wants another token.
         ServiceDownError: The endpoint does not answer, or has no model yet.
     """
-    missing = [column for column in COLUMNS if column not in people.columns]
+    columns = list(table.current().columns)
+    missing = [column for column in columns if column not in people.columns]
     if missing:
-        raise DataError(f"the rows lack {', '.join(missing)}; give the columns {', '.join(COLUMNS)}")
-    asked = people[list(COLUMNS)].to_dict("records")
+        raise DataError(f"the rows lack {', '.join(missing)}; give the columns {', '.join(columns)}")
+    asked = people[columns].to_dict("records")
     return pd.DataFrame(_ask("predict", {"people": asked}, environ, timeout_s)["predictions"])
 
 
@@ -51,7 +51,7 @@ def predict_users(
         timeout_s: As in `predict`.
 
     Returns:
-        One row per user, in the order asked: `user_id`, `score`, which is null for a user who is not known, `reason`,
+        One row per user, in the order asked: the key, `score`, which is null for a user who is not known, `reason`,
         `model_version`.
 
     Raises:
@@ -60,7 +60,7 @@ def predict_users(
         ServiceDownError: As in `predict`.
     """
     frame = pd.DataFrame(_ask("predict_users", {"users": list(users)}, environ, timeout_s)["predictions"])
-    frame.insert(0, USER_ID, list(users))
+    frame.insert(0, table.current().entity.key, list(users))
     return frame
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import redis
 
+from mlplatform import table
 from mlplatform.errors import RegistryError, credentials_refused, service_down
 from mlplatform.feature_client import checked_users
-from mlplatform.history import RENAMED, USER_ID
-from mlplatform.income import COLUMNS
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,11 @@ class OnlineRow:
     """What the online store holds of one user.
 
     Attributes:
-        row: The eight raw categories in the order of `COLUMNS`; none when the store does not hold all of them.
+        row: The raw columns in the order of the description; none when the store does not hold all of them.
         oldest: The event time of the oldest of its features, in seconds since 1970; 0 when there is none.
     """
 
-    row: Sequence[str] | None
+    row: Sequence[str | float] | None
     oldest: float
 
 
@@ -51,18 +50,20 @@ class OnlineReader:
         from mlplatform.feast_plugins.online_hashes import HashNames, read_hashes
 
         self._value: Any = Value
-        self._hashes, self._read_hashes = HashNames(USER_ID, store.project), read_hashes
+        described = table.current()
+        self._hashes, self._read_hashes = HashNames(described.entity.key, store.project), read_hashes
         try:
             projections = store.get_feature_service(service).feature_view_projections
         except FeastObjectNotFoundException as error:
             raise RegistryError(f"{error}; run 'make features'") from error
         where = {entry.name: view.name_to_use() for view in projections for entry in view.features}
-        missing = [column for column in COLUMNS if RENAMED.get(column, column) not in where]
+        names = list(described.features.values())
+        missing = [column for column, name in described.features.items() if name not in where]
         if missing:
             raise RegistryError(f"the feature service {service!r} lacks {', '.join(missing)}; run 'make features'")
-        names = [RENAMED.get(column, column) for column in COLUMNS]
         views = sorted({where[name] for name in names})
         self._fields: list[Any] = [_mmh3(f"{where[name]}:{name}") for name in names]
+        self._kinds = ["double_val" if column in described.numbers else "string_val" for column in described.columns]
         self._fields += [f"_ts:{view}" for view in views]
         self._client = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
         self._address = url.rpartition("@")[2]
@@ -86,9 +87,9 @@ class OnlineReader:
     def _decode(self, values: Sequence[bytes | None]) -> OnlineRow:
         from google.protobuf.timestamp_pb2 import Timestamp  # type: ignore[import-untyped]
 
-        stored, moments = values[: len(COLUMNS)], values[len(COLUMNS) :]
+        stored, moments = values[: len(self._kinds)], values[len(self._kinds) :]
         if any(moment is None for moment in moments) or any(value is None for value in stored):
             return OnlineRow(None, 0.0)
-        row = [self._value.FromString(value).string_val for value in stored]
+        row = [getattr(self._value.FromString(value), kind) for value, kind in zip(stored, self._kinds, strict=True)]
         seconds = [Timestamp.FromString(moment) for moment in moments if moment is not None]
         return OnlineRow(row, min(moment.seconds + moment.nanos / 1e9 for moment in seconds))

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from mlplatform import table
 from mlplatform.errors import PlatformError, RegistryError, ServiceDownError
-from mlplatform.registry import CHAMPION, MODEL_NAME
+from mlplatform.registry import CHAMPION
 from mlplatform.serving import releases
 from mlplatform.serving.endpoint_log import EndpointLog
 from mlplatform.serving.online_reader import OnlineReader
@@ -27,7 +28,7 @@ class Follower:
     request waits. When the registry does not answer, or the new version cannot be loaded, the old one goes on.
 
     Attributes:
-        name: The registered model.
+        name: The registered model, by default the table's.
         every_s: How often to look, in seconds.
         notify: Called with a line when something changes.
         current: The model that answers; none until there is one.
@@ -36,7 +37,7 @@ class Follower:
         problem: Why there is none, or why a newer version is not used; empty when all is well.
     """
 
-    name: str = MODEL_NAME
+    name: str = field(default_factory=lambda: table.current().model)
     every_s: float = 0.5
     notify: Notify = lambda _: None
     current: ServedModel | None = None
@@ -101,7 +102,7 @@ class Prediction:
     """One answer.
 
     Attributes:
-        score: The probability of an income above 50,000 dollars; none for a user who is not known.
+        score: The probability of the positive class; none for a user who is not known.
         reason: Why there is no score.
         version: The version of the model that answered, or would have.
         oldest: The event time of the oldest feature used, in seconds since 1970; 0 when none came from the store.
@@ -187,7 +188,7 @@ class Predictor:
         return self._reader
 
     def people(self, rows: Sequence[Row]) -> tuple[ServedModel, list[Prediction]]:
-        """Answer for people, each given by the eight raw categories in the order of `COLUMNS`.
+        """Answer for people, each given by the raw columns in the order of the description.
 
         Raises:
             ServiceDownError: There is no model yet.

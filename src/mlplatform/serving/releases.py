@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import mlflow
 
-from mlplatform import registry
+from mlplatform import registry, table
 from mlplatform.errors import DataError, RegistryError
 from mlplatform.promotion.alias import Promotion, mlflow_errors, note, sign
-from mlplatform.settings import CHAMPION, MODEL_NAME
+from mlplatform.settings import CHAMPION
 
 CHALLENGER = "challenger"
 RELEASE_TAG = "release"
@@ -39,12 +39,13 @@ class Release:
     share: float = 0.0
 
 
-def read(*, name: str = MODEL_NAME) -> Release:
+def read(*, name: str | None = None) -> Release:
     """Read the record, in one request.
 
     Raises:
         ServiceDownError: The MLflow server does not answer.
     """
+    name = name or table.current().model
     with mlflow_errors():
         found = mlflow.MlflowClient().search_registered_models(f"name = '{name}'")
     if not found:
@@ -64,7 +65,7 @@ def in_canary(user: str, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(user.encode()).digest()[:8], "big") < share * 2**64
 
 
-def shadow(version: int, *, name: str = MODEL_NAME) -> Release:
+def shadow(version: int, *, name: str | None = None) -> Release:
     """Let a version answer every request beside the champion, whose answers alone are sent.
 
     Raises:
@@ -73,7 +74,7 @@ def shadow(version: int, *, name: str = MODEL_NAME) -> Release:
     return _release(version, f"{SHADOW}", "answers in the shadow of the champion", name)
 
 
-def canary(version: int, share: float, *, name: str = MODEL_NAME) -> Release:
+def canary(version: int, share: float, *, name: str | None = None) -> Release:
     """Let a version answer a share of the users.
 
     Raises:
@@ -85,8 +86,8 @@ def canary(version: int, share: float, *, name: str = MODEL_NAME) -> Release:
     return _release(version, f"{CANARY} {share}", f"answers {share:.0%} of the users", name)
 
 
-def _release(version: int, tag: str, event: str, name: str) -> Release:
-    client = mlflow.MlflowClient()
+def _release(version: int, tag: str, event: str, name: str | None) -> Release:
+    name, client = name or table.current().model, mlflow.MlflowClient()
     with mlflow_errors():
         entry = client.get_model_version(name, str(version))
         sign(entry)
@@ -97,21 +98,22 @@ def _release(version: int, tag: str, event: str, name: str) -> Release:
     return read(name=name)
 
 
-def end(*, name: str = MODEL_NAME) -> None:
+def end(*, name: str | None = None) -> None:
     """End a release; the champion answers everybody."""
-    client = mlflow.MlflowClient()
+    name, client = name or table.current().model, mlflow.MlflowClient()
     with mlflow_errors():
         if read(name=name).challenger is not None:
             client.delete_registered_model_tag(name, RELEASE_TAG)
             client.delete_registered_model_alias(name, CHALLENGER)
 
 
-def promote(*, name: str = MODEL_NAME) -> Promotion:
+def promote(*, name: str | None = None) -> Promotion:
     """Make the version that is being released the champion, if the registry's gate lets it pass, and end the release.
 
     Raises:
         RegistryError: Nothing is being released.
     """
+    name = name or table.current().model
     release = read(name=name)
     if release.challenger is None:
         raise RegistryError(f"nothing of {name!r} is being released; start with 'release shadow VERSION'")
@@ -121,12 +123,12 @@ def promote(*, name: str = MODEL_NAME) -> Promotion:
     return outcome
 
 
-def roll_back(reason: str, *, name: str = MODEL_NAME) -> int:
+def roll_back(reason: str, *, name: str | None = None) -> int:
     """Give the alias back to the version that held it before, and end a release.
 
     Args:
         reason: Why, in a few words; the registry records it.
-        name: The registered model.
+        name: The registered model, by default the table's.
 
     Returns:
         The version that answers now.

@@ -21,7 +21,7 @@ import mlflow
 import requests
 from xgboost import XGBClassifier
 
-from mlplatform import history, income, modeling, objectstore, registry, tracking
+from mlplatform import history, income, modeling, objectstore, registry, table, tracking
 from mlplatform.errors import ServiceDownError
 from mlplatform.monitoring import drift_watch
 from mlplatform.promotion import alias, gate
@@ -102,10 +102,11 @@ def run(seed: int, command: Callable[[Sequence[str]], int], *, sizes: Sizes = Si
 class _Loop:
     def __init__(self, seed: int, command: Callable[[Sequence[str]], int], sizes: Sizes, notify: Notify) -> None:
         self.command, self.sizes, self.notify, self.seed = command, sizes, notify, seed
+        table.current().only_census("make loop")
         self.origin = drift_watch.champion()
         self.name = f"income-loop-{datetime.now(UTC):%Y%m%dT%H%M%S}-{seed}"
         self.folder = f"{FOLDER}/{self.name}"
-        frame = income.read_income(find_root() / "data" / "income_data.csv")
+        frame = income.read_income()
         self.world = World(frame, seed)
         self.users = history.build_history(frame)[history.USER_ID].drop_duplicates().sample(
             sizes.users, random_state=seed % 2**32

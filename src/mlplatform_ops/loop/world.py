@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from mlplatform.income import NEGATIVE, POSITIVE, TARGET
+from mlplatform import income
 
 COLUMN = "Occupation"
 OCCUPATIONS = ("Farming-fishing", "Protective-serv", "Tech-support", "Transport-moving")  # of 2 to 5 % of the people
@@ -56,7 +56,10 @@ class World:
         """Let some of all people change to the occupation that booms, and most of those in it earn well."""
         changed = rng.random(len(frame)) < SHARE
         occupation = frame[COLUMN].mask(changed, self.occupation)
-        earns = np.where(rng.random(len(frame)) < WELL_PAID, POSITIVE, NEGATIVE)
+        earns = np.where(rng.random(len(frame)) < WELL_PAID, income.POSITIVE, income.NEGATIVE)
         return frame.assign(
-            **{COLUMN: occupation, TARGET: frame[TARGET].mask(occupation == self.occupation, pd.Series(earns))}
+            **{
+                COLUMN: occupation,
+                income.TARGET: frame[income.TARGET].mask(occupation == self.occupation, pd.Series(earns)),
+            }
         )

@@ -341,7 +341,7 @@ def test_what_was_asked_is_in_the_object_store_without_the_users(name: str, stor
         model_client.predict_users([history.STEADY_USER], environ=environ)
     # It writes what is left when it is stopped.
     seen = drift_watch.read_endpoint_log(log)
-    assert tuple(seen.columns) == endpoint_log.LOGGED
+    assert tuple(seen.columns) == endpoint_log.logged()
     (row,) = seen[seen["Occupation"] == asked].to_dict("records")
     assert (row["score"], row["model_version"], row["Sex"]) == (answer["score"][0], 1, "Male")
     assert not seen.isin([history.STEADY_USER]).any(axis=None)

@@ -1,0 +1,1 @@
+"""What is told about the census, and is true of no other table."""
