@@ -11,10 +11,10 @@ import os
 import sys
 import tempfile
 
-from mlplatform.connection import hasten_feast
+from mlplatform.connection import hasten_feast, limit_waiting
 from mlplatform.serving.endpoint_log import FOLDER
 from mlplatform.serving.model_client import TOKEN_VARIABLE
-from mlplatform.settings import MODEL_NAME
+from mlplatform.settings import CLIENT_DEFAULTS, MODEL_NAME
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,7 +34,11 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="bentoml-") as home:
         # Read when bentoml is imported. It would make folders in the user's home and report to its maker.
         os.environ.update(BENTOML_HOME=home, BENTOML_DO_NOT_TRACK="True")
+        for name, value in CLIENT_DEFAULTS.items():
+            os.environ.setdefault(name, value)
         hasten_feast()
+        # MLflow's client asks a server that is away for minutes, and a probe ends an endpoint that does not start.
+        limit_waiting()
         try:
             import bentoml  # noqa: F401
             import uvicorn

@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 
+from mlplatform.settings import CLIENT_DEFAULTS
 from mlplatform_ops.cli import app, main
 from mlplatform_serving.__main__ import main as serve
 
@@ -137,7 +138,7 @@ def test_a_group_that_is_not_installed_is_named_with_what_adds_it_before_anythin
 def test_the_endpoint_says_what_adds_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bentoml", None)
     # It sets these for its process.
-    for name in ("BENTOML_HOME", "BENTOML_DO_NOT_TRACK"):
+    for name in ("BENTOML_HOME", "BENTOML_DO_NOT_TRACK", *CLIENT_DEFAULTS):
         monkeypatch.setenv(name, "")
     with pytest.raises(
         SystemExit, match=r"^error: the packages of the group 'serving' are .*; run 'make .venv/.serving'$"
