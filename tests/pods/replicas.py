@@ -160,28 +160,36 @@ def move_the_alias(cluster: Cluster, replicas: list[Pod], champion: int) -> floa
     Returns:
         The longest time that a replica took to follow, in seconds.
     """
-    server = next(pod for pod in cluster.pods if pod.workload["metadata"]["name"] == "mlflow")
-    query = f"model-versions/search?filter=name%3D%27{MODEL_NAME}%27"
-    found = mlflow(cluster, server, query)["model_versions"]
-    tags = {int(entry["version"]): {tag["key"] for tag in entry.get("tags", ())} for entry in found}
-    unsigned = next((version for version in sorted(tags) if "signature" not in tags[version]), None)
+    signed = signatures(cluster)
+    unsigned = next((version for version in sorted(signed) if not signed[version]), None)
     if unsigned is None:
-        raise PodError(f"the notebooks left no version without a signature: {sorted(tags)}")
-
-    def move(version: int) -> None:
-        body = {"name": MODEL_NAME, "alias": CHAMPION, "version": str(version)}
-        mlflow(cluster, server, "registered-models/alias", body)
-
-    move(unsigned)
+        raise PodError(f"the notebooks left no version without a signature: {signed}")
+    move(cluster, unsigned)
     refusal = f"version {unsigned} is not signed"
     for pod in replicas:
         until(lambda pod=pod: refusal in pod.containers[0].log.read_text(), f"{pod.name} does not say: {refusal}")
         if answering(cluster, pod) != champion:
             raise PodError(f"{pod.name} answers with version {answering(cluster, pod)}, which nobody signed")
     cluster.execute(CLIENT, "python", "-c", SIGNATURE, MODEL_NAME, str(unsigned))
-    took_s = [follows(cluster, replicas, unsigned)]
-    move(champion)
-    return max(*took_s, follows(cluster, replicas, champion))
+    took_s = follows(cluster, replicas, unsigned)
+    move(cluster, champion)
+    return max(took_s, follows(cluster, replicas, champion))
+
+
+def signatures(cluster: Cluster) -> dict[int, bool]:
+    """Say of each version whether it is signed."""
+    query = f"model-versions/search?filter=name%3D%27{MODEL_NAME}%27"
+    found = mlflow(cluster, mlflow_server(cluster), query)["model_versions"]
+    return {int(v["version"]): any(tag["key"] == "signature" for tag in v.get("tags", ())) for v in found}
+
+
+def move(cluster: Cluster, version: int) -> None:
+    body = {"name": MODEL_NAME, "alias": CHAMPION, "version": str(version)}
+    mlflow(cluster, mlflow_server(cluster), "registered-models/alias", body)
+
+
+def mlflow_server(cluster: Cluster) -> Pod:
+    return next(pod for pod in cluster.pods if pod.workload["metadata"]["name"] == "mlflow" and pod.ready)
 
 
 def follows(cluster: Cluster, replicas: list[Pod], version: int) -> float:
@@ -244,8 +252,7 @@ def show_the_drift_watch(cluster: Cluster, watch: Pod, *, people: int) -> None:
     run_id = re.search(r"run ([0-9a-f]{32}) of MLflow's experiment income-drift", log)
     if not run_id:
         raise PodError(f"the drift watch names no run: {log[-500:]}")
-    server = next(pod for pod in cluster.pods if pod.workload["metadata"]["name"] == "mlflow")
-    data: dict[str, Any] = mlflow(cluster, server, f"runs/get?run_id={run_id[1]}")["run"]["data"]
+    data: dict[str, Any] = mlflow(cluster, mlflow_server(cluster), f"runs/get?run_id={run_id[1]}")["run"]["data"]
     metrics = {entry["key"]: entry["value"] for entry in data["metrics"]}
     tags = {entry["key"]: entry["value"] for entry in data["tags"]}
     if tags["alarm"] != "false" or not FEWEST_ROWS <= metrics["rows"] <= 2 * people:
@@ -258,11 +265,15 @@ def show_the_drift_watch(cluster: Cluster, watch: Pod, *, people: int) -> None:
 
 
 def show_the_endpoint_again(cluster: Cluster, replicas: list[Pod]) -> None:
-    """After the faults of the parts below, each replica must answer for a user by itself."""
+    """After the faults of the parts below, each replica must answer for a user, and go on following the alias."""
 
     def answers(pod: Pod) -> bool:
         return ask(pod.address, PORT, "/predict_users", {"users": [STEADY_USER]}, token(cluster))[0] == 200
 
     for pod in replicas:
         until(lambda pod=pod: answers(pod), f"{pod.name} does not answer for a user after Redis' failover")
+    champion = answering(cluster, replicas[0])
+    other = next(version for version, signed in signatures(cluster).items() if signed and version != champion)
+    move(cluster, other)
+    follows(cluster, replicas, other)
     cluster.wait(lambda pod: pod.ready, timeout_s=WAIT_S, what="ready any more", of=replicas)
