@@ -179,10 +179,17 @@ lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requ
 	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock -c requirements-drift.lock --group audit -o requirements-audit.lock
 	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock -c requirements-drift.lock -c requirements-audit.lock --group scale -o requirements-scale.lock
 
+# Run an installer, and if it fails say in one line why. Of an index's address nothing but the host is shown and kept: the
+# rest may hold a password.
+define install
+@said=$$($(2) 2>&1) || { printf '%s\n' "$$said" | sed -E 's#(https?://)([^/ )]*@)?([^/ )]*)[^ )]*#\1\3#g' > $(VENV)/install.log; \
+	echo "error: $(1) cannot be installed ($$(sed -nE '$$ {s/^ *[a-zA-Z]+: +//; p;}' $(VENV)/install.log)); check the package index, see $(VENV)/install.log, and run this again" >&2; exit 1; }
+endef
+
 # A group of packages that only some targets need: `$(VENV)/.pipelines` stands for it. Adding one removes nothing.
 $(VENV)/.%: requirements-%.lock $(READY)
 	@echo 'Adding the packages of $*' >&2
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r $< 2>$(VENV)/$*.log || { echo "error: the packages of $* cannot be added ($$(sed -n '$$p' $(VENV)/$*.log)); check the package index, see $(VENV)/$*.log, and run this again" >&2; exit 1; }
+	$(call install,the packages of $*,$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r $<)
 	@touch $@
 
 # uv installs the 270 packages in a tenth of pip's time; pip itself fetches it, checked by its hash.
@@ -190,10 +197,10 @@ $(BIN)/uv: requirements-uv.lock
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit("Python 3.11 to 3.14 is needed, and this is %s; name one: make PYTHON=python3.12" % sys.version.split()[0])'
 	@echo 'Creating the environment in $(VENV) (about a minute)' >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-uv.lock
+	$(call install,uv,$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-uv.lock)
 	@touch $@
 
 $(READY): requirements.lock pyproject.toml | $(BIN)/uv
-	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --allow-empty-requirements requirements.lock requirements-uv.lock
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	$(call install,the packages of requirements.lock,$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --allow-empty-requirements requirements.lock requirements-uv.lock)
+	$(call install,this package,$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .)
 	@touch $@

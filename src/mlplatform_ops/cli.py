@@ -206,10 +206,11 @@ def ui() -> None:
 @app.command
 def serve_model() -> None:
     """Start the endpoint that serves the champion."""
-    from mlplatform.serving.model_client import readiness
     from mlplatform_ops.runner import require_group
 
     require_group("serving", what="the endpoint")
+    from mlplatform.serving.model_client import readiness
+
     settings = _embedded().up(also=["model-endpoint"], notify=say)
     say(f"model-endpoint: {readiness(settings.to_env())}  (token: make env)")
 
@@ -247,6 +248,10 @@ def drift(
         platform: Where; env is the platform that the environment's variables name.
         target: Which cluster, for k8s.
     """
+    from mlplatform_ops.runner import require_group
+
+    if not without_report:
+        require_group("drift", what="Evidently's page")
     with _platform(platform, target, ()):
         from mlplatform.monitoring import drift_watch
 
@@ -364,11 +369,12 @@ def loop(*, seed: int = 1, requests: int = 5_000) -> int:
         seed: Decides which people are drawn, and how the world moves.
         requests: How many questions the endpoint answers meanwhile, at least.
     """
-    from mlplatform_ops.loop import loop as loops
     from mlplatform_ops.runner import require_group
 
     for group in ("pipelines", "serving", "drift"):
         require_group(group, what="the loop")
+    from mlplatform_ops.loop import loop as loops
+
     began = time.monotonic()
     # The endpoint that it starts must end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -11,10 +11,11 @@ import os
 import sys
 import tempfile
 
-from mlplatform.connection import hasten_feast
+from mlplatform.connection import hasten_feast, limit_waiting
 from mlplatform.errors import PlatformError
 from mlplatform.serving.endpoint_log import FOLDER
-from mlplatform_serving.gate import TOKEN_VARIABLE, Gate
+from mlplatform.serving.model_client import TOKEN_VARIABLE
+from mlplatform.settings import CLIENT_DEFAULTS
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,10 +28,18 @@ def main(arguments: list[str] | None = None) -> None:
         "--log", default=FOLDER, help="where rows and scores are logged; empty: nowhere (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
+    # While a token is being replaced, the one before it is valid too.
+    tokens = [value for name in (TOKEN_VARIABLE, f"{TOKEN_VARIABLE}_PREVIOUS") if (value := os.environ.get(name))]
+    if not tokens and options.host not in {"127.0.0.1", "::1", "localhost"}:
+        sys.exit(f"error: anyone who reaches {options.host} could ask; set {TOKEN_VARIABLE}")
     with tempfile.TemporaryDirectory(prefix="bentoml-") as home:
         # Read when bentoml is imported. It would make folders in the user's home and report to its maker.
         os.environ.update(BENTOML_HOME=home, BENTOML_DO_NOT_TRACK="True")
+        for name, value in CLIENT_DEFAULTS.items():
+            os.environ.setdefault(name, value)
         hasten_feast()
+        # MLflow's client asks a server that is away for minutes, and a probe ends an endpoint that does not start.
+        limit_waiting()
         try:
             import bentoml  # noqa: F401
             import uvicorn
@@ -40,9 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
             from mlplatform_serving import service
         except PlatformError as error:  # it reads the description of the table
             sys.exit(f"error: {error}")
+        from mlplatform_serving.gate import Gate
+
         service.MODEL, service.LOG = options.model or service.MODEL, options.log
-        # While a token is being replaced, the one before it is valid too.
-        tokens = [value for name in (TOKEN_VARIABLE, f"{TOKEN_VARIABLE}_PREVIOUS") if (value := os.environ.get(name))]
         app = Gate(service.application(), lambda: service.predictor().problem, tokens=tokens)
         uvicorn.run(app, host=options.host, port=options.port, access_log=False, log_level="warning")
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from mlplatform.serving.model_client import TOKEN_VARIABLE
 from mlplatform_serving import metrics
 
 Message = MutableMapping[str, Any]
@@ -20,7 +21,6 @@ OPEN = frozenset({"/healthz", "/docs.json"})
 GUARDED = frozenset({"/predict", "/predict_users"})
 METRICS = "/metrics"
 READY = "/readyz"
-TOKEN_VARIABLE = "MODEL_ENDPOINT_TOKEN"  # noqa: S105 - the variable's name
 LIMIT_BYTES = 1_000_000
 
 

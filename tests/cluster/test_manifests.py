@@ -273,6 +273,11 @@ BREAKS = [
     ("NetworkPolicy/default-deny", lambda m: m["spec"].update(podSelector={"matchLabels": {"a": "b"}}), "selects noth"),
     ("NetworkPolicy/tracking", lambda m: m["spec"].pop("egress"), "tracking may not reach object-store:9000"),
     ("NetworkPolicy/tracking", lambda m: m["spec"].update(ingress=[{}]), "opens everything"),
+    (
+        "Deployment/feature-server",
+        lambda m: m["spec"]["template"]["metadata"]["labels"].update({"app.kubernetes.io/component": "new"}),
+        "new is in no pair that must talk",
+    ),
     ("Namespace/mlplatform", lambda m: m["metadata"]["labels"].popitem(), "does not warn restricted"),
     ("Deployment/mlflow", lambda m: pod_spec(m)["securityContext"].update(runAsUser=0), "runs as root"),
     ("Deployment/mlflow", lambda m: pod_spec(m)["securityContext"].pop("seccompProfile"), "no seccomp profile"),

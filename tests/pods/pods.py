@@ -70,6 +70,7 @@ class Container:
     spec: dict[str, Any]
     init: bool = False
     restarts: int = 0
+    begun: bool = False
     ready: bool = False
     started_s: float = 0.0
     ready_after_s: float | None = None
@@ -114,6 +115,10 @@ class Pod:
     @property
     def is_job(self) -> bool:
         return bool(self.workload["kind"] == "Job")
+
+    @property
+    def begun(self) -> bool:
+        return all(container.begun for container in self.containers if not container.init)
 
     @property
     def ready(self) -> bool:
@@ -210,7 +215,7 @@ class Cluster:
         """End a pod as a scale-down does: no new connections, a signal, then the end of its grace period."""
         pod.stopping.set()
         for container in pod.containers:
-            container.ready = False
+            container.begun = container.ready = False
             if container.process and container.process.poll() is None:
                 with contextlib.suppress(PodError):
                     run(*self.runc, "kill", container.id, "TERM")
@@ -619,17 +624,17 @@ class Cluster:
         """Execute the probes as the kubelet does: startup first, then readiness and liveness, each at its period."""
         failures = {"readinessProbe": 0, "livenessProbe": 0, "startupProbe": 0}
         due = dict.fromkeys(failures, 0.0)
-        begun, restarts = "startupProbe" not in container.spec, 0
+        container.begun, restarts = "startupProbe" not in container.spec, 0
         stopping = container.pod.stopping
         while not (self.stopping.is_set() or stopping.wait(0.1)):
             self._record_peak(container)
             if container.restarts != restarts:
-                begun, restarts = "startupProbe" not in container.spec, container.restarts
+                container.begun, restarts = "startupProbe" not in container.spec, container.restarts
             if not container.process or container.process.poll() is not None:
                 continue
-            if begun and "readinessProbe" not in container.spec:
+            if container.begun and "readinessProbe" not in container.spec:
                 self._mark_ready(container)
-            for kind in ("readinessProbe", "livenessProbe") if begun else ("startupProbe",):
+            for kind in ("readinessProbe", "livenessProbe") if container.begun else ("startupProbe",):
                 probe = container.spec.get(kind)
                 if not probe or time.monotonic() < due[kind]:
                     continue
@@ -639,7 +644,7 @@ class Cluster:
                     return
                 failures[kind] = failures[kind] + 1 if reason else 0
                 if not reason:
-                    begun = begun or kind == "startupProbe"
+                    container.begun = container.begun or kind == "startupProbe"
                     if kind == "readinessProbe":
                         self._mark_ready(container)
                 elif failures[kind] >= probe.get("failureThreshold", 3):

@@ -10,10 +10,8 @@ deploy/README.md.
 from __future__ import annotations
 
 import argparse
-import base64
 import copy
 import ctypes
-import http.client
 import json
 import os
 import platform
@@ -33,6 +31,16 @@ from typing import Any
 import redis
 from images import built_image, make_roots, stand_ins
 from manifests import Manifest, compose, of_kind, pod_spec, render, workloads
+from questions import mlflow
+from replicas import (
+    add_client,
+    check_denied,
+    is_endpoint,
+    show_that_it_waits_for_a_champion,
+    show_the_drift_watch,
+    show_the_endpoint,
+    show_the_endpoint_again,
+)
 from seccomp import DEFAULT_PROFILE
 
 from mlplatform_ops.cluster.credentials import write_secrets
@@ -67,34 +75,36 @@ def _leave(namespace: int) -> None:
         raise PodError(f"no namespace of its own: {os.strerror(ctypes.get_errno())}")
 
 
-def is_notebooks(pod: Pod) -> bool:
-    return pod.workload["metadata"]["name"] == "notebooks"
+def named(pods: list[Pod], name: str) -> list[Pod]:
+    return [pod for pod in pods if pod.workload["metadata"]["name"] == name]
 
 
 def show_that_it_works(overlay: Path, images: Mapping[str, Image], folder: Path, command: list[str] | None) -> None:
-    """Start everything, wait until it is ready, run the notebooks' Job against it."""
+    """Start everything, wait until it is ready, run the notebooks' Job against it, then what needs its model."""
     manifests = render(overlay)
+    if any(w["metadata"]["name"] == "model-endpoint" for w in workloads(manifests)):
+        add_client(manifests)
     if command:
         job = next(w for w in workloads(manifests) if w["metadata"]["name"] == "notebooks")
         pod_spec(job)["containers"][0]["command"] = command
     cluster = Cluster(manifests, images, folder)
-    jobs = [pod for pod in cluster.pods if pod.is_job and not is_notebooks(pod)]
-    notebooks = [pod for pod in cluster.pods if is_notebooks(pod)]
-    everything = list(cluster.pods)
+    notebooks, watches, clients = (named(cluster.pods, name) for name in ("notebooks", "drift", "client"))
+    jobs = [pod for pod in cluster.pods if pod.is_job and pod not in (*notebooks, *watches, *clients)]
+    replicas = [pod for pod in cluster.pods if is_endpoint(pod)]
+    servers = [pod for pod in cluster.pods if not pod.is_job and pod not in replicas]
     begun = time.monotonic()
     try:
-        cluster.pods = everything
         cluster.connect()
-        for pod in everything:
-            if pod not in notebooks:
-                cluster.start_pod(pod)
+        for pod in (*servers, *jobs, *replicas, *clients):
+            cluster.start_pod(pod)
         cluster.wait(lambda pod: pod.done, timeout_s=START_TIMEOUT_S, what="done", of=jobs)
-        servers = [pod for pod in everything if not pod.is_job]
         cluster.wait(lambda pod: pod.ready, timeout_s=START_TIMEOUT_S, what="ready", of=servers)
         print(
             f"  {len(servers)} pods ready and {len(jobs)} Jobs done after {time.monotonic() - begun:.0f} s", flush=True
         )
         show_that_calls_are_refused(cluster)
+        if replicas:
+            show_that_it_waits_for_a_champion(cluster, replicas)
         for pod in notebooks:
             cluster.start_pod(pod)
         cluster.wait(lambda pod: pod.done, timeout_s=900, what="done", of=notebooks)
@@ -102,17 +112,22 @@ def show_that_it_works(overlay: Path, images: Mapping[str, Image], folder: Path,
             print(f"  the notebooks' Job is done after {time.monotonic() - begun:.0f} s:")
             print("".join(f"    | {line}\n" for line in pod.containers[-1].log.read_text().splitlines()[-25:]))
         cluster.wait(lambda pod: pod.ready, timeout_s=5, what="ready any more", of=servers)
+        if replicas:
+            people = show_the_endpoint(cluster, replicas)
+            for watch in watches:
+                show_the_drift_watch(cluster, watch, people=people)
         # Side by side: the one mostly waits, the other mostly imports MLflow.
         with ThreadPoolExecutor() as pool:
             shown = []
-            if any(pod.workload["metadata"]["name"] == "redis-proxy" for pod in servers):
+            if named(servers, "redis-proxy"):
                 shown.append(pool.submit(show_a_failover, cluster, servers))
-            if any(pod.name == "postgres-0" for pod in servers):
+            if named(servers, "postgres"):
                 shown.append(pool.submit(show_backup_and_rotation, cluster, servers, overlay))
             for each in shown:
                 each.result()
-        if cluster.denied:
-            raise PodError("the network policies forbid what is needed: " + "; ".join(sorted(set(cluster.denied))))
+        if replicas:
+            show_the_endpoint_again(cluster, replicas)
+        check_denied(cluster)
     finally:
         cluster.stop()
         cluster.report()
@@ -289,29 +304,6 @@ def check_retired(cluster: Cluster, server: Pod, password: str) -> None:
         raise PodError(f"tables belong to {owners}, and not all to mlflow")
 
 
-def mlflow(cluster: Cluster, pod: Pod, call: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ask one MLflow server, as the admin."""
-    client = next(s for s in of_kind(cluster.manifests, "Secret") if s["metadata"]["name"] == "platform-client")
-    login = secret_data(client)
-    credentials = b":".join(login[f"MLFLOW_TRACKING_{name}"] for name in ("USERNAME", "PASSWORD"))
-    headers = {
-        "Authorization": "Basic " + base64.b64encode(credentials).decode(),
-        "Host": "mlflow:5000",
-        "Content-Type": "application/json",
-    }
-    connection = http.client.HTTPConnection(pod.address, 5000, timeout=30)
-    try:
-        payload = None if body is None else json.dumps(body)
-        connection.request("GET" if body is None else "POST", f"/api/2.0/mlflow/{call}", payload, headers)
-        response = connection.getresponse()
-        said = response.read().decode(errors="replace")
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise PodError(f"{pod.name}: {call}: status {response.status}: {said[:300]}")
-    return dict(json.loads(said))
-
-
 def experiments(cluster: Cluster, pod: Pod) -> dict[str, str]:
     found = mlflow(cluster, pod, "experiments/search", {"max_results": 1000})["experiments"]
     return {experiment["name"]: experiment["experiment_id"] for experiment in found}
@@ -368,13 +360,24 @@ def with_limit(limit: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def without_token(container: dict[str, Any]) -> None:
+    container["env"].append({"name": "MODEL_ENDPOINT_TOKEN", "value": ""})
+
+
 def show_that_mutations_fail(manifests: list[Manifest], images: Mapping[str, Image], folder: Path) -> None:
     """A harness that can't fail shows nothing: break a spec, and expect the reason."""
     cases = (
         ("a mount removed", "seaweedfs", without_mount("/etc/seaweedfs"), r"container seaweedfs: "),
         ("a limit too small", "seaweedfs", with_limit("16Mi"), r"more memory than its limit of 16 MiB"),
+        (
+            "no token",
+            "model-endpoint",
+            without_token,
+            r"anyone who reaches 0\.0\.0\.0 could ask; set MODEL_ENDPOINT_TOKEN",
+        ),
     )
-    for index, (what, workload, change, expected) in enumerate(cases):
+    there = {w["metadata"]["name"] for w in workloads(manifests)}
+    for index, (what, workload, change, expected) in enumerate(case for case in cases if case[1] in there):
         cluster = Cluster(mutated(manifests, workload, change), images, folder / str(index), max_restarts=0)
         try:
             cluster.start(only=lambda pod, name=workload: pod.workload["metadata"]["name"] == name)  # type: ignore[misc]
@@ -402,6 +405,9 @@ def main() -> int:
     parser.add_argument("--command", help="run this in the notebooks' Job instead of its own command")
     parser.add_argument("--keep", action="store_true", help="keep the logs")
     options = parser.parse_args()
+    for component, maker in (("endpoint", "notebooks"), ("drift", "endpoint")):
+        if component in options.component and maker not in options.component:
+            parser.error(f"--component {component} needs --component {maker}, which makes what it works on")
     needed = NEEDED | ({"buildah": "buildah"} if options.image else {})
     missing = [package for command, package in needed.items() if not shutil.which(command)]
     if os.geteuid() or missing or platform.system() != "Linux":

@@ -25,6 +25,9 @@ COMPONENT = "app.kubernetes.io/component"
 # Who must reach whom, by component and port; whatever is not listed must be refused.
 TALKS = {
     ("buckets", "object-store", 9000),
+    ("drift", "object-store", 9000),
+    ("drift", "online-store", 6379),
+    ("drift", "tracking", 5000),
     ("endpoint", "object-store", 9000),
     ("endpoint", "online-store", 6379),
     ("endpoint", "tracking", 5000),
@@ -210,6 +213,9 @@ def check_network(manifests: list[Manifest]) -> Iterator[str]:
                 may = allows(policies, pod_labels(source), pod_labels(target), port)
                 if may != (pair in expected):
                     yield f"{pair[0]} {'may' if may else 'may not'} reach {pair[1]}:{port}"
+    for component in sorted({pod_labels(workload)[COMPONENT] for workload in workloads(manifests)}):
+        if not any(component in pair for pair in expected):
+            yield f"{component} is in no pair that must talk"
     for policy in policies:
         for rule in (*policy["spec"].get("ingress", ()), *policy["spec"].get("egress", ())):
             if not rule.get("ports") or not (rule.get("from") or rule.get("to")):

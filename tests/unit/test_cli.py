@@ -9,7 +9,9 @@ from typing import Literal
 
 import pytest
 
+from mlplatform.settings import CLIENT_DEFAULTS
 from mlplatform_ops.cli import app, main
+from mlplatform_serving.__main__ import main as serve
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,6 +99,58 @@ def test_a_mistake_is_answered_with_one_line_before_anything_starts(
     assert captured.err.startswith(f"error: {line}")
     assert captured.err.count("\n") == 1
     assert not no_platform.exists()
+
+
+# What is typed without the packages of a group, and its first module.
+GROUPLESS = [
+    ("serve-model", "serving", "bentoml"),
+    ("drift", "drift", "evidently"),
+    ("loop", "pipelines", "kfp"),
+    ("loop", "serving", "bentoml"),
+    ("loop", "drift", "evidently"),
+    ("run 08", "pipelines", "kfp"),
+    ("run 09", "serving", "bentoml"),
+    ("run 10", "drift", "evidently"),
+    ("run --every", "pipelines", "kfp"),
+]
+
+
+@pytest.mark.parametrize(("typed", "group", "module"), GROUPLESS, ids=[" ".join(case) for case in GROUPLESS])
+def test_a_group_that_is_not_installed_is_named_with_what_adds_it_before_anything_starts(
+    typed: str,
+    group: str,
+    module: str,
+    no_platform: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # The other groups are there, whatever this environment holds.
+    monkeypatch.setattr("mlplatform_ops.runner.find_spec", lambda name: None if name == module else sys)
+    assert main(typed.split()) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.endswith(f" the packages of the group '{group}'; run 'make .venv/.{group}'\n")
+    assert captured.err.count("\n") == 1
+    assert not no_platform.exists()
+
+
+def test_the_endpoint_says_what_adds_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bentoml", None)
+    # It sets these for its process.
+    for name in ("BENTOML_HOME", "BENTOML_DO_NOT_TRACK", *CLIENT_DEFAULTS):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(
+        SystemExit, match=r"^error: the packages of the group 'serving' are .*; run 'make .venv/.serving'$"
+    ):
+        serve([])
+
+
+def test_the_endpoint_is_not_opened_to_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MODEL_ENDPOINT_TOKEN", raising=False)
+    monkeypatch.delenv("MODEL_ENDPOINT_TOKEN_PREVIOUS", raising=False)
+    with pytest.raises(SystemExit, match=r"^error: anyone who reaches 0\.0\.0\.0 could ask; set MODEL_ENDPOINT_TOKEN$"):
+        serve(["--host", "0.0.0.0"])  # noqa: S104 - which is refused
 
 
 def test_ctrl_c_ends_a_command_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from xgboost import XGBClassifier
@@ -127,6 +130,31 @@ def test_while_the_registry_is_away_or_a_version_is_broken_the_old_one_answers(
         assert follower.current is not None
         assert follower.current.version == 1
     assert said[1:] == ["waiting: the MLflow server does not answer"]
+
+
+def test_whatever_a_look_at_the_registry_raises_the_watch_goes_on(
+    served: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+):
+    def damaged(**_: object) -> None:
+        raise MlflowException('relation "model_version_tags" does not exist\n[SQL: SELECT ...]')
+
+    looked = threading.Event()
+    follower = predictor_module.Follower(every_s=0.01, notify=lambda line: looked.set() if "SQL" in line else None)
+    served(1)
+    follower.look()
+    monkeypatch.setattr(releases, "read", damaged)
+    follower.start()
+    try:
+        assert looked.wait(timeout=60)
+        assert follower.problem == 'MlflowException: relation "model_version_tags" does not exist [SQL: SELECT ...]'
+        served(2)
+        for _ in range(6_000):
+            if follower.current is not None and follower.current.version == 2:
+                break
+            time.sleep(0.01)
+        assert (follower.current and follower.current.version, follower.problem) == (2, "")
+    finally:
+        follower.stop()
 
 
 def test_before_there_is_a_champion_the_answer_says_what_to_run(monkeypatch: pytest.MonkeyPatch):

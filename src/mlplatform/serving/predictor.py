@@ -63,6 +63,9 @@ class Follower:
             self._say("")
         except PlatformError as error:
             self._say(str(error))
+        except Exception as error:
+            # Whatever a damaged registry answers: a watch that ended here would follow nothing any more.
+            self._say(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
     def _model(self, alias: str, version: int, held: ServedModel | None) -> ServedModel:
         if held is not None and held.version == version:
