@@ -16,9 +16,10 @@ from typing import Any
 from manifests import Manifest, pod_spec, workloads
 from questions import ask, mlflow, read_secret
 
+from mlplatform import table
 from mlplatform.history import STEADY_USER
 from mlplatform.monitoring.drift import FEWEST_ROWS
-from mlplatform.settings import CHAMPION, MODEL_NAME
+from mlplatform.settings import CHAMPION
 from pods import Cluster, Pod, PodError
 
 SERVICE, PORT = "model-endpoint", 3000
@@ -170,7 +171,7 @@ def move_the_alias(cluster: Cluster, replicas: list[Pod], champion: int) -> floa
         until(lambda pod=pod: refusal in pod.containers[0].log.read_text(), f"{pod.name} does not say: {refusal}")
         if answering(cluster, pod) != champion:
             raise PodError(f"{pod.name} answers with version {answering(cluster, pod)}, which nobody signed")
-    cluster.execute(CLIENT, "python", "-c", SIGNATURE, MODEL_NAME, str(unsigned))
+    cluster.execute(CLIENT, "python", "-c", SIGNATURE, table.current().model, str(unsigned))
     took_s = follows(cluster, replicas, unsigned)
     move(cluster, champion)
     return max(took_s, follows(cluster, replicas, champion))
@@ -178,13 +179,13 @@ def move_the_alias(cluster: Cluster, replicas: list[Pod], champion: int) -> floa
 
 def signatures(cluster: Cluster) -> dict[int, bool]:
     """Say of each version whether it is signed."""
-    query = f"model-versions/search?filter=name%3D%27{MODEL_NAME}%27"
+    query = f"model-versions/search?filter=name%3D%27{table.current().model}%27"
     found = mlflow(cluster, mlflow_server(cluster), query)["model_versions"]
     return {int(v["version"]): any(tag["key"] == "signature" for tag in v.get("tags", ())) for v in found}
 
 
 def move(cluster: Cluster, version: int) -> None:
-    body = {"name": MODEL_NAME, "alias": CHAMPION, "version": str(version)}
+    body = {"name": table.current().model, "alias": CHAMPION, "version": str(version)}
     mlflow(cluster, mlflow_server(cluster), "registered-models/alias", body)
 
 
