@@ -241,18 +241,10 @@ def test_a_run_of_that_table_is_reproduced_from_its_id(reader: Reader, found: di
     assert re.search(r"answers for the test rows.*equal", said)
 
 
-@pytest.mark.parametrize(
-    ("command", "what"), [("data", "make data"), ("loop", "make loop"), ("pipeline", "the pipeline")]
-)
-def test_what_is_for_the_census_refuses_in_one_line(reader: Reader, command: str, what: str) -> None:
-    said = reader.type(f"! make {command} 2>&1")
-    assert f"error: {what} is for the census and not for 'breast-cancer'; see docs/your-own-data.md" in said
+def test_the_loop_is_for_the_census_and_says_so_in_one_line(reader: Reader) -> None:
+    said = reader.type("! make loop 2>&1")
+    assert "error: make loop is for the census and not for 'breast-cancer'; see docs/your-own-data.md" in said
     assert "Traceback" not in said
-
-
-def test_notebook_1_says_which_columns_it_misses(reader: Reader) -> None:
-    said = reader.type("! .venv/bin/python -m mlplatform_ops run 01 2>&1")
-    assert "income_data.csv has columns missing: mean radius" in said
 
 
 def test_a_table_with_categories_ids_and_times_of_its_own_takes_the_same_steps(reader: Reader) -> None:
