@@ -23,6 +23,7 @@ from mlplatform_ops.ports import free_port
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "your-own-data.md"
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MADE = ("bin/uv", ".ready", ".serving", ".drift", ".pipelines")
 PORTS = ("S3", "REDIS", "MLFLOW", "FEATURE_SERVER", "FEAST_UI", "ENDPOINT")
 MEANS = load_breast_cancer(as_frame=True).data.filter(like="mean ")
 
@@ -146,7 +147,8 @@ class Reader:
         unset = {STATE_VARIABLE, *VARIABLES.values()}
         self.environment = {name: value for name, value in os.environ.items() if name not in unset} | {
             "PYTHONPATH": str(clone / "src"),  # the environment knows the code of the clone under test
-            "MAKEFLAGS": " ".join(f"--old-file=.venv/.{name}" for name in ("ready", "serving", "drift", "pipelines")),
+            # The environment is there: make must not make it again because a copied file is newer.
+            "MAKEFLAGS": " ".join(f"--old-file=.venv/{made}" for made in MADE),
             **{f"MLPLATFORM_{name}_PORT": str(free_port()) for name in PORTS},
         }
 
