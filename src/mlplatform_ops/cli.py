@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from mlplatform import table
 from mlplatform.connection import check_services, connect, hasten_feast, limit_waiting
 from mlplatform.errors import NotebookError, PlatformError
 from mlplatform.settings import CHAMPION, Settings, find_root, find_settings, state_folder
@@ -269,6 +268,7 @@ def drift(
 @app.command
 def data() -> None:
     """Derive data/income_data.csv again from its source and check both checksums."""
+    from mlplatform import table
     from mlplatform_ops.income_source import derive_from_package
 
     described = table.current()
@@ -625,6 +625,7 @@ def _build_site(executed: Path, site: Path) -> None:
 
 
 def _summarise(executions: Sequence[Execution], settings: Settings, platform: PlatformName) -> None:
+    from mlplatform import table
     from mlplatform.modeling import SCORES
     from mlplatform_ops import mlflow_rest
 

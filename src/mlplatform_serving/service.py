@@ -37,13 +37,14 @@ _fields: dict[str, Any] = {
 }
 _PERSON = "The raw columns of one person, under the names that the table's file gives them."
 Person: Any = create_model("Person", __config__=ConfigDict(extra="forbid"), __doc__=_PERSON, **_fields)
+_POSITIVE = f"{TABLE.target.column} is {TABLE.target.positive}"
 _row = attrgetter(*_fields)
 
 
 class Score(BaseModel):
     """The answer for one person or user."""
 
-    score: float | None = Field(description="Probability of the positive class; null when not known")
+    score: float | None = Field(description=f"Probability that {_POSITIVE}; null when not known")
     reason: str | None = Field(description="Why there is no score")
     model_version: int = Field(description="The version of the model that answered")
 
@@ -59,7 +60,7 @@ class Answer(BaseModel):
 
 @bentoml.service(name="income", workers=1, metrics={"enabled": False}, logging={"access": {"enabled": False}})
 class IncomeEndpoint:
-    """Probability of the positive class."""
+    """Probability of the positive class, as data/table.toml names it."""
 
     def __init__(self) -> None:
         self._predictor = predictor()

@@ -16,6 +16,7 @@ from uuid import uuid4
 import pandas as pd
 import pytest
 import redis
+from shop import describe_table
 
 from mlplatform import feature_client, features, history, objectstore
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, RegistryError, ServiceDownError
@@ -34,6 +35,7 @@ class Scratch:
         self.name = f"scratch_{uuid4().hex[:8]}"
         self.repo = folder / self.name
         shutil.copytree(ROOT / "feature_repo", self.repo, ignore=shutil.ignore_patterns("__pycache__"))
+        describe_table(folder)
         self._edit("feature_store.yaml", "project: income", f"project: {self.name}")
         self._edit("feature_store.yaml", "registry.db", f"{self.name}.db")
         self._edit("entity.py", '"income"', f'"{self.name}"')

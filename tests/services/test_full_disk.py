@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from shop import describe_table
 from small_disk import Disk, small_disk
 
 from mlplatform.settings import STATE_VARIABLE
@@ -31,8 +32,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 def test_a_full_disk_under_the_servers_is_named_and_freed_all_goes_on(disk: Disk, tmp_path: Path) -> None:
     state, clone = disk.folder / "state", tmp_path / "clone"
-    for name in ("notebooks", "feature_repo"):
-        (clone / name).mkdir(parents=True)
+    describe_table(clone)
 
     def command(*words: str) -> subprocess.CompletedProcess[str]:
         program = f"import os; os.chdir({str(clone)!r}); from mlplatform_ops.cli import main; raise SystemExit(main())"

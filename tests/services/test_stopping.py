@@ -15,6 +15,7 @@ import nbformat
 import psutil
 import pytest
 from mlflow import MlflowClient
+from shop import describe_table
 
 from mlplatform.settings import Settings
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
@@ -34,8 +35,7 @@ Start = Callable[..., subprocess.Popen[str]]
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A folder that the commands take for a clone."""
-    for name in ("notebooks", "feature_repo"):
-        (tmp_path / "clone" / name).mkdir(parents=True)
+    describe_table(tmp_path / "clone")
     return tmp_path / "clone"
 
 

@@ -23,6 +23,7 @@ from mlplatform_ops.ports import free_port
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "your-own-data.md"
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MADE = ("bin/uv", ".ready", ".serving", ".drift", ".pipelines")
 PORTS = ("S3", "REDIS", "MLFLOW", "FEATURE_SERVER", "FEAST_UI", "ENDPOINT")
 MEANS = load_breast_cancer(as_frame=True).data.filter(like="mean ")
 
@@ -146,7 +147,8 @@ class Reader:
         unset = {STATE_VARIABLE, *VARIABLES.values()}
         self.environment = {name: value for name, value in os.environ.items() if name not in unset} | {
             "PYTHONPATH": str(clone / "src"),  # the environment knows the code of the clone under test
-            "MAKEFLAGS": " ".join(f"--old-file=.venv/.{name}" for name in ("ready", "serving", "drift", "pipelines")),
+            # The environment is there: make must not make it again because a copied file is newer.
+            "MAKEFLAGS": " ".join(f"--old-file=.venv/{made}" for made in MADE),
             **{f"MLPLATFORM_{name}_PORT": str(free_port()) for name in PORTS},
         }
 
@@ -237,21 +239,14 @@ def test_a_number_that_drifted_is_named_and_drawn(found: dict[str, Any]) -> None
 
 
 def test_a_run_of_that_table_is_reproduced_from_its_id(reader: Reader, found: dict[str, Any]) -> None:
-    assert "DIFFERS" not in reader.type(f"make reproduce RUN={found['run_id']}")
+    said = reader.type(f"make reproduce RUN={found['run_id']}")
+    assert re.search(r"answers for the test rows.*equal", said)
 
 
-@pytest.mark.parametrize(
-    ("command", "what"), [("data", "make data"), ("loop", "make loop"), ("pipeline", "the pipeline")]
-)
-def test_what_is_for_the_census_refuses_in_one_line(reader: Reader, command: str, what: str) -> None:
-    said = reader.type(f"! make {command} 2>&1")
-    assert f"error: {what} is for the census and not for 'breast-cancer'; see docs/your-own-data.md" in said
+def test_the_loop_is_for_the_census_and_says_so_in_one_line(reader: Reader) -> None:
+    said = reader.type("! make loop 2>&1")
+    assert "error: make loop is for the census and not for 'breast-cancer'; see docs/your-own-data.md" in said
     assert "Traceback" not in said
-
-
-def test_notebook_1_says_which_columns_it_misses(reader: Reader) -> None:
-    said = reader.type("! .venv/bin/python -m mlplatform_ops run 01 2>&1")
-    assert "income_data.csv has columns missing: mean radius" in said
 
 
 def test_a_table_with_categories_ids_and_times_of_its_own_takes_the_same_steps(reader: Reader) -> None:

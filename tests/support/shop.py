@@ -89,11 +89,19 @@ def plain(column: pd.Series) -> list[Any]:
     return [None if pd.isna(value) else value for value in column]
 
 
+def describe_table(clone: Path) -> None:
+    """Make a folder a clone that knows what the table is."""
+    for part in ("data", "feature_repo", "notebooks"):
+        (clone / part).mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "data" / "table.toml", clone / "data")
+
+
 def scratch_repository(folder: Path) -> Path:
-    """Copy the feature repository, with a project, a registry and files of its own."""
+    """Copy the feature repository and what describes the table, with a project, a registry and files of its own."""
     name = f"scratch_{uuid4().hex[:8]}"
     repo = folder / name
     shutil.copytree(ROOT / "feature_repo", repo, ignore=shutil.ignore_patterns("__pycache__"))
+    describe_table(folder)
     for file, old, new in (
         ("feature_store.yaml", "project: income", f"project: {name}"),
         ("feature_store.yaml", "registry.db", f"{name}.db"),

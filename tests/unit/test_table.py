@@ -170,6 +170,11 @@ def test_a_file_that_is_not_as_described_is_refused_in_one_line(clone: Path, old
     assert "correct it, or data/table.toml" in str(caught.value)
 
 
+def test_a_notebook_about_the_census_says_which_columns_it_misses(clone: Path) -> None:
+    with pytest.raises(DataError, match=r"income_data\.csv has columns missing: floor area, district, rent"):
+        income.read_income(ROOT / "data" / "income_data.csv")
+
+
 @pytest.mark.parametrize("value", ["cheap", "1_000", "inf", "nan", "1e999"])
 def test_a_number_that_is_none_is_named_with_its_row(clone: Path, value: str) -> None:
     frame = flats().astype(str)
