@@ -130,9 +130,9 @@ def show_the_endpoint(cluster: Cluster, replicas: list[Pod]) -> int:
         raise PodError(f"while the alias moved, of {said['asked']} requests these failed: {said['failed'][:5]}; {said}")
     show_that_a_policy_is_missed(cluster)
     print(
-        f"  the endpoint's {len(replicas)} replicas follow the alias, each within {took_s:.1f} s, and refuse an "
-        f"unsigned version; {said['asked']} requests meanwhile, each for 100 people, none failed "
-        f"({time.monotonic() - begun:.0f} s)",
+        f"  the endpoint's {len(replicas)} replicas refuse an unsigned version, and follow the alias, the last one "
+        f"{took_s:.1f} s after the command that signed or moved it; {said['asked']} requests meanwhile, each for 100 "
+        f"people, none failed ({time.monotonic() - begun:.0f} s)",
         flush=True,
     )
     return 100 * int(said["asked"])
@@ -159,7 +159,7 @@ def move_the_alias(cluster: Cluster, replicas: list[Pod], champion: int) -> floa
     """Move the alias by hand: to a version that nobody signed, which is refused until it is signed, and back.
 
     Returns:
-        The longest time that a replica took to follow, in seconds.
+        The longest time that a replica took to follow after a command had signed or moved, in seconds.
     """
     signed = signatures(cluster)
     unsigned = next((version for version in sorted(signed) if not signed[version]), None)

@@ -14,12 +14,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
 
+import mlflow
 import pandas as pd
 import pytest
 import yaml
+from xgboost import XGBClassifier
 
-from mlplatform import objectstore
-from mlplatform.errors import CredentialsError, DataError, MissingObjectError, ServiceDownError
+from mlplatform import income, objectstore, registry, tracking
+from mlplatform.errors import (
+    CredentialsError,
+    DataError,
+    MissingObjectError,
+    RegistryError,
+    ServiceDownError,
+    UntrustedModelError,
+)
 from mlplatform.settings import REQUIRED, Settings
 from mlplatform_pipeline import steps
 from mlplatform_pipeline.variables import ADDRESS_VARIABLES, SECRET_VARIABLES
@@ -86,6 +95,30 @@ def test_a_batch_is_stopped_when_it_crosses_a_threshold(users: int, unknown: int
 def test_people_who_are_gone_are_named(platform: Settings) -> None:
     with pytest.raises(MissingObjectError, match="people-gone"):
         steps.read_people("s3://mlflow-datasets/people/people-gone.parquet", "champion")
+
+
+def test_without_a_champion_a_batch_says_who_makes_one(platform: Settings) -> None:
+    people = steps.write_people([f"user-{uuid4()}"], MOMENT)
+    with pytest.raises(
+        RegistryError, match=r"^no alias 'nobody' on 'income-above-50k'; run notebook 04_register_model"
+    ):
+        steps.read_people(people, "nobody")
+
+
+def test_a_champion_that_nobody_signed_scores_no_batch(platform: Settings) -> None:
+    mlflow.set_experiment(f"test-{uuid4()}")
+    frame = income.read_income(ROOT / "data" / "income_data.csv").head(500)
+    run = tracking.fit_and_log("unsigned", XGBClassifier(n_estimators=2), tracking.write_datasets(frame, frame, frame))
+    client, alias = mlflow.MlflowClient(), f"test-{uuid4()}"
+    version = registry.register(run.run_id)
+    client.set_registered_model_alias(registry.MODEL_NAME, alias, str(version))
+    features = frame.assign(user_id=[str(uuid4()) for _ in range(len(frame))], event_timestamp=MOMENT)
+    uri = objectstore.write_frame(features, f"s3://mlflow-datasets/test-{uuid4()}/features.parquet")
+    try:
+        with pytest.raises(UntrustedModelError, match=f"version {version} is not signed; train it with"):
+            steps.score(uri, alias, str(version), 0, 1)
+    finally:
+        client.delete_model_version(registry.MODEL_NAME, str(version))
 
 
 def test_parts_that_are_not_everybody_are_refused(platform: Settings) -> None:

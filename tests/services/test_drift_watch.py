@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 
 from mlplatform import income, modeling, objectstore, registry, tracking
 from mlplatform.connection import s3_client
-from mlplatform.errors import DataError, MissingObjectError, PlatformError, RegistryError
+from mlplatform.errors import DataError, MissingObjectError, PlatformError, RegistryError, UntrustedModelError
 from mlplatform.monitoring import drift_watch
 from mlplatform.settings import Settings
 
@@ -113,6 +113,19 @@ def test_a_reference_that_is_gone_is_named_with_what_brings_it_back(
 def test_without_a_champion_the_message_says_who_makes_one(platform: Settings, batch: pd.DataFrame) -> None:
     with pytest.raises(RegistryError, match="04_register_model"):
         drift_watch.watch(batch, source="batch", name=f"test-{uuid4()}")
+
+
+def test_a_champion_that_nobody_signed_is_not_asked_and_leaves_no_run(champion: str, batch: pd.DataFrame) -> None:
+    run_id = str(drift_watch.champion(name=champion).run_id)
+    unsigned = f"test-{uuid4()}"
+    version = registry.register(run_id, name=unsigned)
+    client = mlflow.MlflowClient()
+    client.set_registered_model_alias(unsigned, registry.CHAMPION, str(version))
+    before = len(mlflow.search_runs(experiment_names=[drift_watch.EXPERIMENT]))
+    with pytest.raises(UntrustedModelError, match=f"{unsigned}' version 1 is not signed; train it with"):
+        drift_watch.watch(batch, source="batch", report=False, name=unsigned)
+    assert len(mlflow.search_runs(experiment_names=[drift_watch.EXPERIMENT])) == before
+    client.delete_registered_model(unsigned)
 
 
 def test_a_batch_that_is_empty_or_has_other_columns_leaves_no_run(champion: str, batch: pd.DataFrame) -> None:

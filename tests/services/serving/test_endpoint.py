@@ -23,7 +23,8 @@ import pytest
 import requests
 from xgboost import XGBClassifier
 
-from mlplatform import features, history, income, modeling, registry, tracking
+from mlplatform import features, history, income, modeling, objectstore, registry, tracking
+from mlplatform.connection import s3_client
 from mlplatform.errors import CredentialsError, DataError, ServiceDownError
 from mlplatform.monitoring import drift_watch
 from mlplatform.promotion import alias
@@ -375,6 +376,20 @@ def test_an_alias_moved_to_an_unsigned_version_is_not_followed_and_the_old_one_g
     finally:
         client.set_registered_model_alias(name, "champion", str(champion))
         client.delete_model_version(name, str(version))
+
+
+def test_a_version_whose_reference_is_gone_is_not_answered_with_and_the_address_is_named(name: str):
+    version = mlflow.MlflowClient().get_model_version(name, "1")
+    uri, rows = drift_watch.read_context(version, "reference")
+    bucket, key = objectstore.split_uri(uri)
+    s3_client().delete_object(Bucket=bucket, Key=key)
+    try:
+        with endpoint(name) as fresh:
+            environ = {"MODEL_ENDPOINT_URL": fresh, "MODEL_ENDPOINT_TOKEN": TOKEN}
+            _until(lambda: f"{uri} is not there; run " in model_client.readiness(environ), "nobody said what is gone")
+            assert post(fresh, "predict", {"people": [PERSON]}).status_code == 503
+    finally:
+        assert objectstore.write_frame(rows, f"s3://{bucket}/income/reference.parquet") == uri
 
 
 def test_an_endpoint_that_is_down_or_unnamed_is_named_with_what_to_run():
