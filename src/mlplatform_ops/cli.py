@@ -310,7 +310,7 @@ def run(
         target: Which cluster, for k8s.
         engine: Who computes history and materialises; as in features.
     """
-    from mlplatform_ops import mlflow_rest, runner, unchanged
+    from mlplatform_ops import mlflow_rest, progress, runner, unchanged
 
     root = find_root()
     folder = root / "notebooks"
@@ -338,13 +338,15 @@ def run(
         name = os.environ[mlflow_rest.RUN_VARIABLE] = mlflow_rest.new_run()
         mlflow_rest.close_runs(settings, mlflow_rest.is_dead)
         try:
-            executions = runner.run_all(
-                chosen,
-                folder,
-                parameters={path.stem: given[path.stem] for path in chosen if path.stem in given},
-                notify=say,
-                diagnose=lambda: _diagnose(settings, platform),
-            )
+            with progress.shown(chosen, folder) as show:
+                executions = runner.run_all(
+                    chosen,
+                    folder,
+                    parameters={path.stem: given[path.stem] for path in chosen if path.stem in given},
+                    notify=say,
+                    progress=show,
+                    diagnose=lambda: _diagnose(settings, platform),
+                )
         finally:
             del os.environ[mlflow_rest.RUN_VARIABLE]
             killed = mlflow_rest.close_runs(settings, lambda made: made == name)
