@@ -97,7 +97,7 @@ def _bars(paths: Mapping[str, Path], expected: Mapping[str, float]) -> Iterator[
     )
     counted = dict.fromkeys(paths, 0)
     display = rich.progress.Progress(
-        *columns, console=Console(stderr=True), expand=True, refresh_per_second=4, transient=True
+        *columns, console=Console(stderr=True, soft_wrap=True), expand=True, refresh_per_second=4, transient=True
     )
     everything = display.add_task("all", total=sum(cells.values()), last=total_seconds(needed, expected))
     bars = {

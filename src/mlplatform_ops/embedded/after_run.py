@@ -2,6 +2,7 @@
 
 Neither stops a service. The copy lies in the state folder: MLflow's databases, every bucket with its objects, and what
 the online store holds. Each part can be put back again, so what was interrupted is mended by the next `make reset`.
+The feature server and the Feast UI read the feature registry again within a minute.
 """
 
 from __future__ import annotations
