@@ -38,12 +38,15 @@ test: $(TESTED) ## Pass every test, on a platform of its own (DURATIONS=25 lists
 	@$(PYTEST)
 
 ##@ The platform on this machine
-.PHONY: up down status env password lab serve serve-model ui attack clean
+.PHONY: up down reset status env password lab serve serve-model ui attack clean
 up: $(READY) ## Start object store, online store and MLflow; wait until each answers
 	@$(CLI) up
 
 down: $(READY) ## Stop them; nothing is lost
 	@$(CLI) down
+
+reset: $(READY) ## Bring the platform back to the state after the last complete make run; what came later is deleted
+	@$(CLI) reset
 
 status: $(READY) ## Show each service, its state, URL and how long it runs
 	@$(CLI) status

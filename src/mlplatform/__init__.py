@@ -8,4 +8,4 @@ from mlplatform.connection import connect
 
 __all__ = ["connect"]
 
-__getattr__ = later.stand_ins(__name__, "features", "lineage", "registry", "tracking")
+__getattr__ = later.stand_ins(__name__, "features", "lineage", "mlflow_pages", "registry", "tracking")

@@ -155,6 +155,23 @@ def clean() -> None:
 
 
 @app.command
+def reset() -> None:
+    """Bring the platform back to the state after the last complete run; what came later is deleted."""
+    from mlplatform_ops.embedded import after_run
+
+    platform = _embedded()
+    after_run.find_copy(platform.state)
+    settings = platform.up(notify=say)
+    say("deleting what came after the last complete run, your own experiments and data too")
+    began = time.monotonic()
+    try:
+        say(f"{after_run.reset(platform.state, settings)}; this took {time.monotonic() - began:.1f} s")
+    except KeyboardInterrupt:
+        say("stopped half way; run 'make reset' again")
+        raise
+
+
+@app.command
 def password() -> None:
     """Print MLflow's password, for the user that status and run name."""
     print(_embedded().settings.tracking_password)
@@ -301,7 +318,7 @@ def run(
         target: Which cluster, for k8s.
         engine: Who computes history and materialises; as in features.
     """
-    from mlplatform_ops import mlflow_rest, runner, unchanged
+    from mlplatform_ops import mlflow_rest, progress, runner, unchanged
 
     root = find_root()
     folder = root / "notebooks"
@@ -329,13 +346,15 @@ def run(
         name = os.environ[mlflow_rest.RUN_VARIABLE] = mlflow_rest.new_run()
         mlflow_rest.close_runs(settings, mlflow_rest.is_dead)
         try:
-            executions = runner.run_all(
-                chosen,
-                folder,
-                parameters={path.stem: given[path.stem] for path in chosen if path.stem in given},
-                notify=say,
-                diagnose=lambda: _diagnose(settings, platform),
-            )
+            with progress.shown(chosen, folder) as show:
+                executions = runner.run_all(
+                    chosen,
+                    folder,
+                    parameters={path.stem: given[path.stem] for path in chosen if path.stem in given},
+                    notify=say,
+                    progress=show,
+                    diagnose=lambda: _diagnose(settings, platform),
+                )
         finally:
             del os.environ[mlflow_rest.RUN_VARIABLE]
             killed = mlflow_rest.close_runs(settings, lambda made: made == name)
@@ -347,6 +366,8 @@ def run(
             say(f"stopped after {done} of {len(executions)} notebooks; run 'make run' to start again")
             return 130
         unchanged.stamp_all(executions, chosen, settings, root=root, parameters=given)
+        if platform == "embedded" and not notebooks:
+            _keep_state(executions, settings)
         executions = sorted([*executions, *kept], key=lambda execution: execution.name)
         _summarise(executions, settings, platform)
         if folder == root / "build" / "notebooks":
@@ -614,6 +635,21 @@ def _show_results(executions: Sequence[Execution]) -> None:
     # The terminal may be closed, which is one way to stop a run.
     with suppress(OSError):
         wide_console().print(table)
+
+
+def _keep_state(executions: Sequence[Execution], settings: Settings) -> None:
+    """Keep the state for `make reset` after a complete run; one that ran nothing anew has changed nothing."""
+    from mlplatform_ops.embedded import after_run
+
+    state = state_folder()
+    if any(execution.error or execution.skipped for execution in executions):
+        return
+    if executions or not after_run.is_kept(state):
+        try:
+            after_run.keep(state, settings)
+        except OSError as error:
+            _embedded().check_space()
+            say(f"'make reset' will know nothing of this run: {error}")
 
 
 def _build_site(executed: Path, site: Path) -> None:

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -34,6 +35,8 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GROUPS = {"pipelines": "kfp", "serving": "bentoml", "drift": "evidently", "scale": "distributed"}
 
 Parameters = Mapping[str, Mapping[str, object]]
+# Takes a notebook's name and how many of its code cells have run; None when it has ended.
+Progress = Callable[[str, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,7 @@ def run_all(
     *,
     parameters: Parameters | None = None,
     notify: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _name, _done: None,
     diagnose: Callable[[], None] = lambda: None,
 ) -> list[Execution]:
     """Run notebooks, each as soon as those that it needs have succeeded.
@@ -197,7 +201,8 @@ def run_all(
         notebooks: Paths of notebooks. What one needs and is not among them counts as done.
         output: Where executed copies go; made if missing.
         parameters: Values by parameter, by notebook name.
-        notify: Called with a line when a notebook starts and ends.
+        notify: Called with a line when a notebook ends.
+        progress: Called with a notebook's name and how many of its code cells have run; None when it has ended.
         diagnose: Called after a failure; raises a `PlatformError` that names a service which does not answer.
 
     Returns:
@@ -231,7 +236,9 @@ def run_all(
                     order.done(name)
                 else:
                     running[
-                        pool.submit(execute, paths[name], output, given.get(name, {}), notify, diagnose, stop=stop)
+                        pool.submit(
+                            execute, paths[name], output, given.get(name, {}), notify, progress, diagnose, stop=stop
+                        )
                     ] = name
             # A short wait: a kernel that was being started when all were to stop is ended in the next round.
             finished, _ = wait(running, 0.5, return_when=FIRST_COMPLETED) if running else ((), ())
@@ -301,6 +308,7 @@ def execute(
     output: Path,
     parameters: Mapping[str, object],
     notify: Callable[[str], None],
+    progress: Progress = lambda _name, _done: None,
     diagnose: Callable[[], None] = lambda: None,
     stop: _Stop | None = None,
 ) -> Execution:
@@ -312,7 +320,8 @@ def execute(
         notebook: The notebook.
         output: The folder for the executed copy.
         parameters: Values by parameter.
-        notify: Called with a line at the start and at the end.
+        notify: Called with a line at the end.
+        progress: Called at the start, after each code cell and at the end, as `Progress` says.
         diagnose: Raises a `PlatformError` that names a service which does not answer.
         stop: Says whether all kernels were ended on purpose.
     """
@@ -322,7 +331,8 @@ def execute(
     executed = output / notebook.name
     if stop and stop.asked:
         return Execution(notebook.stem, executed, skipped=True)
-    notify(f"{notebook.stem} starts")
+    progress(notebook.stem, 0)
+    done = count(1)
     partial = output / f".running-{notebook.name}"
     start = time.monotonic()
     problem = ""
@@ -338,6 +348,7 @@ def execute(
             kernel_name="python3",
             progress_bar=False,
             execution_timeout=CELL_TIMEOUT_S,
+            on_cell_executed=lambda **_: progress(notebook.stem, next(done)),
             # What a kernel is sent would else cross loopback readable by others on this machine.
             config=Config({"KernelManager": {"transport_encryption": "required"}}),
         )
@@ -352,6 +363,7 @@ def execute(
         name = type(error).__name__
         problem = f"{_unfinished_cell(partial)}: {kind.get(name, f'{name}: {error}'.strip().splitlines()[0])}"
     seconds = time.monotonic() - start
+    progress(notebook.stem, None)
     if stop and stop.asked:
         partial.unlink(missing_ok=True)
         notify(f"{notebook.stem} stopped after {seconds:.1f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -83,6 +84,49 @@ def test_the_registry_shows_the_champion_with_its_decision_and_signature(mlflow:
     for text in ("Source Run", "Schema"):
         expect(mlflow.get_by_text(text).first).to_be_visible()
     keep(mlflow, "mlflow-version")
+
+
+# What each link that a notebook prints promises to show, by the words before it.
+PROMISED = {
+    "The plots": ("Education.png", "Workclass.png"),
+    "All runs, best first": ("Sort: roc_auc_score_test", "xgboost", "logistic-regression"),
+    "XGBoost's run": ("roc_auc_score_test", "Parameters"),
+    "Its columns": ("Path: mlflow-artifacts:", "feature_importance_weight.png"),
+    "The best run's ROC curve": ("Path: mlflow-artifacts:", "evaluation_roc_curve_plot.png"),
+    "The card": ("Path: mlflow-artifacts:", "model_card.md"),
+    "The table": ("Sort: roc_auc_score_test", "metrics.roc_auc_score_test > 0.8", "xgboost"),
+    "The chart": ("Model metrics", "roc_auc_score_test"),
+    "The champion": ("@ champion", "Source Run", "Schema", "signature"),
+    "The scoring run": ("mean_probability", "Tags"),
+    "The model's version": ("Source Run", "Schema"),
+    "All batches": ("drift-",),
+    "Evidently's page": ("Path: mlflow-artifacts:", "report.html"),
+}
+
+
+def shown_links() -> dict[str, str]:
+    """Read the links to MLflow that the executed notebooks show, by the words before each."""
+    links = {}
+    for path in sorted((find_root() / "build" / "notebooks").glob("[0-9]*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            for output in cell.get("outputs", ()):
+                links |= re.findall(r"^([^:\n]+): (http\S+/#/\S+)$", "".join(output.get("text", "")), re.MULTILINE)
+    return links
+
+
+def test_each_link_that_a_notebook_shows_leads_to_what_it_promises(mlflow: Page) -> None:
+    links = shown_links()
+    optional = {"All batches", "Evidently's page"}  # of notebook 10, which `make run` leaves out
+    assert PROMISED.keys() - optional <= links.keys() <= PROMISED.keys()
+    for words, url in links.items():
+        mlflow.goto("about:blank")
+        mlflow.goto(url)
+        for text in PROMISED[words]:
+            if text.startswith("metrics."):
+                expect(mlflow.get_by_test_id("search-box")).to_have_value(text)
+            else:
+                expect(mlflow.get_by_text(text).first, f"{words}: {url}").to_be_visible()
+        keep(mlflow, f"link-{words.lower().replace(' ', '-')}")
 
 
 def test_the_feast_ui_shows_the_views_and_the_service(browser: Browser, platform: EmbeddedPlatform) -> None:

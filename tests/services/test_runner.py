@@ -37,13 +37,20 @@ def write(tmp_path: Path) -> Write:
 
 def test_parameters_reach_the_notebook_and_results_come_back(write: Write, tmp_path: Path) -> None:
     said: list[str] = []
+    steps: list[tuple[str, int | None]] = []
     (execution,) = run_all(
-        [write("01_double")], tmp_path / "out", parameters={"01_double": {"size": 21}}, notify=said.append
+        [write("01_double")],
+        tmp_path / "out",
+        parameters={"01_double": {"size": 21}},
+        notify=said.append,
+        progress=lambda name, done: steps.append((name, done)),
     )
     assert execution.error == ""
     assert read_results(execution.executed) == {"doubled": 42}
-    assert said[0] == "01_double starts"
-    assert said[1].startswith("01_double done after ")
+    assert len(said) == 1
+    assert said[0].startswith("01_double done after ")
+    # Its two code cells, and the one with the parameters that it was given.
+    assert steps == [("01_double", done) for done in (0, 1, 2, 3, None)]
 
 
 def test_a_failure_is_one_line_keeps_the_copy_and_stops_only_what_needs_it(write: Write, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from mlflow import MlflowClient
 from shop import describe_table
 
 from mlplatform.settings import Settings
+from mlplatform_ops.embedded import after_run
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
 from mlplatform_ops.mlflow_rest import RUN_TAG
 
@@ -142,6 +144,24 @@ def test_two_runs_at_once_write_to_two_folders(clone: Path, start: Start) -> Non
     folders = sorted(path.name for path in (clone / "build").glob("notebooks*"))
     assert folders == ["notebooks", "notebooks-2"]
     assert {path.stat().st_mode & 0o077 for path in clone.glob("build/**/*")} == {0}
+
+
+def test_only_a_complete_run_that_succeeded_keeps_its_state_for_reset(
+    clone: Path, start: Start, embedded: EmbeddedPlatform, platform: Settings
+) -> None:
+    shutil.rmtree(embedded.state / after_run.FOLDER, ignore_errors=True)
+    write(clone, "01_ends", "1")
+    write(clone, "02_fails", "1 / 0")
+    assert start("01_ends").wait(BOUND_S) == 0
+    assert start().wait(BOUND_S) == 1
+    assert not after_run.is_kept(embedded.state)
+    write(clone, "02_fails", "'not any more'")
+    assert start().wait(BOUND_S) == 0
+    assert after_run.is_kept(embedded.state)
+    kept = after_run.find_copy(embedded.state)
+    before = kept.stat().st_ino
+    assert start().wait(BOUND_S) == 0
+    assert kept.stat().st_ino == before, "a run that ran nothing anew has kept its state again"
 
 
 @pytest.fixture

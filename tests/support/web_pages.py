@@ -80,6 +80,9 @@ def dead_links(site: Path) -> list[str]:
         page = read_page(path)
         for target in page.links + page.loads:
             parts = urlsplit(target)
+            # The next start may choose another port, so a page must not lead to this machine's platform.
+            if parts.hostname in {"127.0.0.1", "localhost"}:
+                dead.append(f"{path.relative_to(site)} -> {target}")
             if parts.scheme or parts.netloc or target == "#":
                 continue
             led = (path.parent / unquote(parts.path)).resolve() if parts.path else path

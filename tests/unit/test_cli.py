@@ -47,6 +47,7 @@ MISTAKES = [
     ("up", 1, "MLPLATFORM_S3_PORT='no port' is not a port; set it to a number from 1 to 65535"),
     ("status", 1, "no platform was started here ("),
     ("env", 1, "no platform was started here ("),
+    ("reset", 1, "no complete run is kept in "),
     ("run 99", 1, "notebook '99' is not there"),
     ("run 01 -p size=1", 1, "-p 'size=1' is not NOTEBOOK:NAME=VALUE for one of: 01_explore_data"),
     ("run 01 -p 01:no_such_name=1", 1, "01_explore_data has no parameter 'no_such_name'; it has: "),
@@ -163,7 +164,7 @@ def test_ctrl_c_ends_a_command_with_130(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 COMMANDS = [
-    "up", "down", "status", "env", "clean", "lab", "serve", "serve-model", "ui", "features", "data", "run",
+    "up", "down", "reset", "status", "env", "clean", "lab", "serve", "serve-model", "ui", "features", "data", "run",
     "backup save", "backup restore", "k8s-secrets", "k8s-up", "k8s-forward", "k8s-status", "k8s-down",
     "release shadow", "release canary", "release promote", "release roll-back", "release end", "release status",
 ]  # fmt: skip

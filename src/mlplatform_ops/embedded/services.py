@@ -66,7 +66,7 @@ FILES = (
     "s3.sock",
     "filer.sock",
 )
-CONTENTS = (*FOLDERS, *FILES, SETTINGS_FILE, SETTINGS_COPY)
+CONTENTS = (*FOLDERS, *FILES, SETTINGS_FILE, SETTINGS_COPY, "after-run")
 CERTIFICATE_YEARS = 10
 
 # Ports that only the services themselves use: any free one will do.
