@@ -12,7 +12,7 @@ CLUSTER = --overlay $(OVERLAY) $(if $(CONTEXT),--context '$(CONTEXT)') $(if $(YE
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(if $(DURATIONS),--durations $(DURATIONS))
 # What notebooks 8 to 10 and the loop need, and what the tests need beside that.
 GROUPS = $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift
-TESTED = $(GROUPS) $(VENV)/.scale $(VENV)/.audit
+TESTED = $(GROUPS) $(VENV)/.scale $(VENV)/.audit $(VENV)/.workshop
 SCALE = $(if $(ENGINE),$(VENV)/.scale)
 DASK = $(if $(ENGINE),--engine $(ENGINE))
 CLI = $(BIN)/python -m mlplatform_ops
@@ -71,6 +71,20 @@ attack: $(READY) ## Try the running platform's doors as a stranger would, and sh
 
 clean: $(READY) ## Stop the platform and delete all of its state, and what was built
 	@$(CLI) clean
+
+##@ A workshop on this machine (USERS=12)
+.PHONY: workshop workshop-reset workshop-down workshop-clean
+workshop: $(VENV)/.workshop ## Start one platform for USERS=12, each with a Lab of their own; say where, and what each takes
+	@$(CLI) workshop up --users $(or $(USERS),12)
+
+workshop-reset: $(VENV)/.workshop ## Give USER=user03 a fresh start; nobody else notices
+	@$(CLI) workshop reset $(USER)
+
+workshop-down: $(READY) ## Stop it; nothing is lost
+	@$(CLI) workshop down
+
+workshop-clean: $(READY) ## Stop it and delete all of its state
+	@$(CLI) workshop clean
 
 ##@ Data and features
 .PHONY: data features
@@ -176,6 +190,7 @@ lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requ
 	@$(GROUP) -c requirements-pipelines.lock --group serving -o requirements-serving.lock
 	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock --group drift -o requirements-drift.lock
 	@$(GROUP) --group browser -o requirements-browser.lock
+	@$(GROUP) --group workshop -o requirements-workshop.lock
 	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock -c requirements-drift.lock --group audit -o requirements-audit.lock
 	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock -c requirements-drift.lock -c requirements-audit.lock --group scale -o requirements-scale.lock
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlplatform.errors import ServiceDownError, credentials_refused, service_down
 from mlplatform.settings import (
+    CLIENT_DEFAULTS,
     CONNECT_TIMEOUT_S,
     S3_ANSWER_TIMEOUT_S,
     S3_ATTEMPTS,
@@ -43,9 +44,11 @@ def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
     """
     settings = find_settings(environ)
     check_services(settings)
-    environ.update(settings.to_env())
+    # How long a client waits may be set: many users of one small machine are patient.
+    environ.update(settings.to_env() | {name: environ[name] for name in CLIENT_DEFAULTS if name in environ})
     hasten_feast()
     limit_waiting()
+    name_buckets()
     return settings
 
 
@@ -124,6 +127,7 @@ def s3_client(settings: Settings | None = None, *, config: Config | None = None)
     import boto3
     from botocore.config import Config
 
+    name_buckets()
     limits = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=S3_ANSWER_TIMEOUT_S,
@@ -139,6 +143,23 @@ def s3_client(settings: Settings | None = None, *, config: Config | None = None)
         }
     client: S3Client = boto3.session.Session().client("s3", config=config or limits, **named)  # type: ignore[call-overload]
     return client
+
+
+def name_buckets() -> None:
+    """Let S3 clients that this process makes, MLflow's too, put `BUCKET_PREFIX` before each bucket's name.
+
+    Where users share an object store, the prefix tells their buckets apart; notebooks name them as if each were alone.
+    """
+    import botocore.handlers
+
+    handler = ("before-parameter-build.s3", _add_prefix)
+    if handler not in botocore.handlers.BUILTIN_HANDLERS:
+        botocore.handlers.BUILTIN_HANDLERS.append(handler)
+
+
+def _add_prefix(params: dict[str, Any], **_: object) -> None:
+    if "Bucket" in params:
+        params["Bucket"] = os.environ.get("BUCKET_PREFIX", "") + params["Bucket"]
 
 
 def probe_object_store(settings: Settings, timeout_s: float) -> None:
@@ -191,7 +212,7 @@ def probe_online_store(settings: Settings, timeout_s: float) -> None:
 
 
 def probe_mlflow(settings: Settings, timeout_s: float) -> None:
-    """Ask for an experiment. That needs the database and the credentials, and `/health` needs neither.
+    """Search for an experiment. That needs the database and the credentials, and `/health` needs neither.
 
     Raises:
         ServiceDownError: The MLflow server does not answer.
@@ -201,8 +222,8 @@ def probe_mlflow(settings: Settings, timeout_s: float) -> None:
 
     try:
         answer = requests.get(
-            f"{settings.tracking_uri}/api/2.0/mlflow/experiments/get",
-            params={"experiment_id": "0"},
+            f"{settings.tracking_uri}/api/2.0/mlflow/experiments/search",
+            params={"max_results": "1"},
             auth=(settings.tracking_username, settings.tracking_password),
             timeout=timeout_s,
         )
