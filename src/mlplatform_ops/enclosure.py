@@ -55,8 +55,9 @@ def enclosed(state: Path, name: str, command: Sequence[str], *, below: str = WOR
     read_only = [*_SYSTEM, *(f"/etc/{entry}" for entry in _ETC), sys.base_prefix, sys.prefix, str(code)]
     # In the environment and not on the command line, which everybody on this machine can read.
     variables = {
-        **(CLIENT_DEFAULTS | environment),
-        "HOME": str(folder / "home"),
+        **CLIENT_DEFAULTS,
+        **environment,
+        "HOME": str(folder),
         "JUPYTER_RUNTIME_DIR": "/tmp/jupyter",  # noqa: S108  (short, as the names of sockets must be)
         "LANG": os.environ.get("LANG", "C.UTF-8"),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"]),
@@ -74,7 +75,7 @@ def enclosed(state: Path, name: str, command: Sequence[str], *, below: str = WOR
             "ALL",
         ),
         # Before what lies below them, such as a clone in /tmp.
-        *("--proc", "/proc", "--dev", "/dev", "--bind", str(folder / "tmp"), "/tmp"),  # noqa: S108
+        *("--proc", "/proc", "--dev", "/dev", "--bind", str(user.temporary(state)), "/tmp"),  # noqa: S108
         *(word for path in read_only for word in ("--ro-bind-try", path, path)),
         *("--bind", str(folder), str(folder), "--chdir", str(folder / below)),
         "--",

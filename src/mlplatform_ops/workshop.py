@@ -108,7 +108,7 @@ def reset(state: Path, name: str, *, notify: Notify = lambda _: None) -> None:
         raise SettingsError(f"there is no user {name!r}; known: {known}")
     platform = EmbeddedPlatform(state)
     settings = platform.settings
-    platform.stop(*(f"{name}-{program}" for program in PROGRAMS))
+    _end_programs(platform, user)
     steps: Sequence[Callable[[], None]] = (
         lambda: _admit(settings, user),
         lambda: _empty_buckets(settings, user),
@@ -212,16 +212,32 @@ def _forget_online(settings: Settings, user: User) -> None:
 
 def _hand_out(state: Path, user: User) -> None:
     """Give a user notebooks, feature repository and data as the clone has them, in place of what they have."""
-    root, folder = find_root(), user.folder(state)
+    root, work = find_root(), user.folder(state) / WORK
+    for folder in (user.folder(state), user.temporary(state)):
+        folder.mkdir(mode=0o700, exist_ok=True)
     # Made where the user's programs cannot put links in the way, and moved at once.
     with TemporaryDirectory(dir=user.private(state)) as made:
-        fresh = Path(made) / user.name
         for name in COPIED:
-            shutil.copytree(root / name, fresh / WORK / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        for name in ("home", "tmp"):
-            (fresh / name).mkdir()
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
+            ignored = shutil.ignore_patterns("__pycache__", ".*")
+            shutil.copytree(root / name, Path(made) / WORK / name, ignore=ignored)
+        shutil.rmtree(work, ignore_errors=True)
+        (Path(made) / WORK).rename(work)
+
+
+def _end_programs(platform: EmbeddedPlatform, user: User) -> None:
+    """End whatever runs in a user's Lab, kernels and terminals, and the feature server; the Lab itself goes on."""
+    platform.stop(f"{user.name}-features")
+    pid = platform.entry(f"{user.name}-lab")["pid"]
+    if not pid:
+        return
+    with suppress(psutil.Error, IndexError, ValueError):
+        enclosure = psutil.Process(pid)
+        # The first process there is bubblewrap's: all others are below it, and the oldest of them is the Lab.
+        inside = enclosure.children()[0]
+        lab = min(inside.children(), key=psutil.Process.create_time)
+        for process in inside.children(recursive=True):
+            if process != lab:
+                process.kill()
 
 
 def _answers(user: User, program: str) -> bool:
@@ -234,7 +250,7 @@ def _answers(user: User, program: str) -> bool:
 def _wait(platform: EmbeddedPlatform, user: User, program: str) -> None:
     name, deadline = f"{user.name}-{program}", time.monotonic() + START_TIMEOUT_S
     while not _answers(user, program):
-        if platform.has_failed(name) or time.monotonic() > deadline:
+        if platform.entry(name)["statename"] == "FATAL" or time.monotonic() > deadline:
             log = platform.state / "logs" / f"{name}.log"
             raise ServiceDownError(f"the {program} of {user.name} does not answer; see {log}")
         time.sleep(0.2)

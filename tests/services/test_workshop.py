@@ -385,7 +385,7 @@ def test_a_terminal_in_a_lab_sees_its_users_folder_and_nobody_elses(room: Room, 
     assert set(found.values()) == {"FileNotFoundError"}, found
     assert len(processes) <= 2  # bubblewrap's and its own
     assert sorted(path.name for path in room.state.glob("users/*")) == sorted(
-        [name for user in room.users for name in (user.name, f"{user.name}.private")]
+        [name for user in room.users for name in (user.name, f"{user.name}.private", f"{user.name}.tmp")]
     )
 
 

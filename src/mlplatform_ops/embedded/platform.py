@@ -199,9 +199,9 @@ class EmbeddedPlatform:
         for program in programs:
             self._supervisor.stop(program)
 
-    def has_failed(self, program: str) -> bool:
-        """Say whether a program has ended so often that it is not started again."""
-        return bool(self._supervisor.entry(program)["statename"] == "FATAL")
+    def entry(self, program: str) -> dict[str, Any]:
+        """Give what the supervisor knows of a program: its `statename` and `pid` among others."""
+        return self._supervisor.entry(program)
 
     def running(self) -> bool:
         """Say whether this platform's supervisor answers.

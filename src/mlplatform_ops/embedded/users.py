@@ -95,8 +95,12 @@ class User:
         return state / FOLDER / f"{self.name}.private"
 
     def folder(self, state: Path) -> Path:
-        """The only folder of this machine that programs of the user can change."""
+        """The only folder of this machine that programs of the user can change, beside their /tmp."""
         return state / FOLDER / self.name
+
+    def temporary(self, state: Path) -> Path:
+        """What programs of the user see as /tmp; they can't put a link in its place."""
+        return state / FOLDER / f"{self.name}.tmp"
 
 
 def make_users(state: Path, count: int) -> list[User]:
