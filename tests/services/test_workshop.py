@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import boto3
 import pytest
 import redis
 import requests
+import websocket
 from botocore.exceptions import ClientError
 
 from mlplatform.settings import BUCKETS, CHAMPION, MODEL_NAME, Settings, read_settings
@@ -27,6 +29,7 @@ from mlplatform_ops.embedded.supervisor import processes_of
 from mlplatform_ops.embedded.users import FEATURE_PORT, LAB_PORT, LAB_TOKEN, User, read_users
 from mlplatform_ops.enclosure import WORK, enclosed
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="bubblewrap is Linux's")
 ROOT = Path(__file__).parents[2]
 RUN = [sys.executable, "-m", "mlplatform_ops", "run", "--platform", "env", "--output", "executed"]
 
@@ -86,11 +89,11 @@ def mine(stepped_through: Room) -> Settings:
     return stepped_through.settings(0)
 
 
-def ask(settings: Settings, verb: str, path: str, *, workspace: str | None = None, **body: Any) -> requests.Response:
+def ask(settings: Settings, verb: str, route: str, *, workspace: str | None = None, **body: Any) -> requests.Response:
     """Send MLflow a request with a user's login, and the name of any workspace."""
     return requests.request(
         verb,
-        f"{settings.tracking_uri}/{path}",
+        f"{settings.tracking_uri}/{route}",
         params=body if verb == "GET" else None,
         json=None if verb == "GET" else body,
         auth=(settings.tracking_username, settings.tracking_password),
@@ -203,7 +206,7 @@ def test_mlflow_refuses_every_way_to_another_users_runs_and_models(
         ("POST", "api/3.0/mlflow/roles/assign", {"username": mine.workspace, "role_id": 1}),
     ]
     held = [(verb, path, ask(mine, verb, path, workspace=named, **body).status_code) for verb, path, body in attempts]
-    assert [attempt for attempt in held if attempt[2] not in {401, 403, 404, 405}] == []
+    assert [attempt for attempt in held if attempt[2] not in {400, 401, 403, 404, 405}] == []
     # A search answers, with what is the asker's own.
     found = ask(mine, "POST", "api/2.0/mlflow/runs/search", workspace=named, experiment_ids=[number]).json()
     seen = ask(mine, "POST", "api/2.0/mlflow/experiments/search", workspace=named, max_results=100).json()
@@ -305,7 +308,6 @@ def test_the_object_store_shows_a_user_their_own_buckets_and_signs_nothing_for_o
         "MONITOR",
         "CLIENT LIST",
         "SHUTDOWN NOSAVE",
-        "DEBUG SLEEP 0",
         "FUNCTION FLUSH",
         "SCRIPT FLUSH",
         "MIGRATE 127.0.0.1 1 KEY 2 1",
@@ -319,7 +321,7 @@ def test_the_online_store_refuses_every_way_out_of_a_users_database(
     with redis.Redis.from_url(mine.redis_url) as client:
         key = client.randomkey()
         words = [key if word == "KEY" else word for word in command.split()]
-        with pytest.raises((redis.NoPermissionError, redis.AuthenticationError)):
+        with pytest.raises((redis.exceptions.NoPermissionError, redis.exceptions.AuthenticationError)):
             client.execute_command(*words)
         with pytest.raises(redis.ResponseError, match="No permissions"):
             client.eval("redis.call('SELECT', 2) return redis.call('DBSIZE')", 0)
@@ -340,22 +342,47 @@ def test_tokens_open_a_users_own_lab_and_feature_server_only(stepped_through: Ro
     assert requests.get(lab, headers={"Authorization": f"token {other[LAB_TOKEN]}"}, timeout=20).ok
 
 
+def in_a_lab(user: User, code: str) -> str:
+    """Run code as a notebook in a user's Lab does; gives what it printed."""
+    address, login = f"127.0.0.1:{user.own[LAB_PORT]}/api/kernels", f"token {user.own[LAB_TOKEN]}"
+    answer = requests.post(f"http://{address}", headers={"Authorization": login}, json={"name": "python3"}, timeout=60)
+    kernel = answer.json()["id"]
+    header = {"msg_id": "1", "msg_type": "execute_request", "session": "1", "username": "", "version": "5.3"}
+    asked = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
+    message = {"channel": "shell", "header": header, "parent_header": {}, "metadata": {}, "content": asked}
+    with closing(
+        websocket.create_connection(f"ws://{address}/{kernel}/channels", header={"Authorization": login}, timeout=60)
+    ) as socket:
+        socket.send(json.dumps(message))
+        while (said := json.loads(socket.recv()))["msg_type"] not in {"stream", "error"}:
+            pass
+    return str(said["content"].get("text") or said["content"]["evalue"])
+
+
+def test_a_lab_runs_notebooks_as_its_user_and_no_port_leads_to_their_kernels(room: Room) -> None:
+    user = room.users[2]
+    code = "from mlplatform.connection import connect; print(connect().workspace, __import__('os').getcwd())"
+    said = in_a_lab(user, code)
+    assert said.split() == [user.name, str(user.folder(room.state) / WORK)]
+    kernels = [process for process in processes_of(room.state) if "ipykernel_launcher" in process.cmdline()]
+    assert kernels
+    assert [found for process in kernels for found in process.net_connections("inet") if found.status == "LISTEN"] == []
+    workshop.reset(room.state, user.name)
+    assert [process for process in kernels if process.is_running() and process.status() != "zombie"] == []
+
+
 PEEK = """
 import json, os, pathlib, sys
 found = {}
 for name in json.loads(sys.argv[1]):
     try:
-        found[name] = sorted(os.listdir(name)) if os.path.isdir(name) else "read"
+        found[name] = sorted(os.listdir(name)) if os.path.isdir(name) else len(open(name, "rb").read())
     except OSError as error:
         found[name] = type(error).__name__
-found["processes"] = sorted({
-    pathlib.Path("/proc", number, "environ").read_bytes().count(b"=") and number
-    for number in os.listdir("/proc") if number.isdigit()
-})
+found["processes"] = [number for number in os.listdir("/proc") if number.isdigit()]
 for name in json.loads(sys.argv[2]):
     try:
         pathlib.Path(name, "planted").touch()
-        found[f"wrote {name}"] = True
     except OSError:
         pass
 print(json.dumps(found))
@@ -376,13 +403,15 @@ def test_a_terminal_in_a_lab_sees_its_users_folder_and_nobody_elses(room: Room, 
         Path.home() / ".cache",
         Path("/etc/shadow"),
     ]
-    write = [ROOT / "src", Path(sys.prefix), Path("/usr"), room.state]
-    texts = [json.dumps([str(path) for path in paths]) for paths in (read, write)]
+    write = [ROOT / "src", Path(sys.prefix), Path("/usr"), room.state, room.state / "users"]
+    texts = [json.dumps([str(path) for path in paths]) for paths in (read, [*write, first.folder(room.state)])]
     line, environment = enclosed(room.state, first.name, [sys.executable, "-c", PEEK, *texts])
     outcome = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
     found = json.loads(outcome.stdout)
     processes = found.pop("processes")
     assert set(found.values()) == {"FileNotFoundError"}, found
+    assert [path for path in write if (path / "planted").exists()] == []
+    assert (first.folder(room.state) / "planted").exists()
     assert len(processes) <= 2  # bubblewrap's and its own
     assert sorted(path.name for path in room.state.glob("users/*")) == sorted(
         [name for user in room.users for name in (user.name, f"{user.name}.private", f"{user.name}.tmp")]
