@@ -12,7 +12,7 @@ CLUSTER = --overlay $(OVERLAY) $(if $(CONTEXT),--context '$(CONTEXT)') $(if $(YE
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(if $(DURATIONS),--durations $(DURATIONS))
 # What notebooks 8 to 10 and the loop need, and what the tests need beside that.
 GROUPS = $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift
-TESTED = $(GROUPS) $(VENV)/.scale $(VENV)/.audit $(VENV)/.workshop
+TESTED = $(GROUPS) $(VENV)/.scale $(VENV)/.audit
 SCALE = $(if $(ENGINE),$(VENV)/.scale)
 DASK = $(if $(ENGINE),--engine $(ENGINE))
 CLI = $(BIN)/python -m mlplatform_ops
@@ -135,7 +135,7 @@ k8s-pipeline: $(VENV)/.pipelines ## Submit a pipeline to Kubeflow at KFP_HOST (N
 	@$(PIPELINE) submit $(or $(NAME),batch) $(ARGS) $(if $(CRON),--cron '$(CRON)')
 
 ##@ Working on the repository
-.PHONY: bench check lint test-unit test-services test-notebooks test-browser test-cluster format secrets sbom audit lock install
+.PHONY: bench check lint test-unit test-services test-notebooks test-browser test-cluster test-workshop format secrets sbom audit lock install
 check: lint test-unit ## Check style, types and contracts, and pass the unit tests: seconds
 
 lint: $(READY) ## Check style, types, the contracts between packages, and the workflows
@@ -153,6 +153,9 @@ test-notebooks: $(GROUPS) ## Run every notebook and check what it made
 
 test-browser: $(VENV)/.browser run ## After make run: walk the site, MLflow, the Feast UI and Lab in the system's Chromium
 	@$(PYTEST) tests/browser
+
+test-workshop: $(VENV)/.workshop ## Take three users through the notebooks at once, and let each try to cross: minutes, alone on the machine
+	@$(BIN)/python -m pytest tests/workshop
 
 test-cluster: $(READY) ## Pass the tests of the manifests and of the k8s- commands
 	@$(PYTEST) tests/cluster
