@@ -18,6 +18,7 @@ from mlplatform.settings import (
     Settings,
     find_settings,
 )
+from mlplatform.sharing import name_buckets
 
 if TYPE_CHECKING:
     from botocore.config import Config
@@ -143,23 +144,6 @@ def s3_client(settings: Settings | None = None, *, config: Config | None = None)
         }
     client: S3Client = boto3.session.Session().client("s3", config=config or limits, **named)  # type: ignore[call-overload]
     return client
-
-
-def name_buckets() -> None:
-    """Let S3 clients that this process makes, MLflow's too, put `BUCKET_PREFIX` before each bucket's name.
-
-    Where users share an object store, the prefix tells their buckets apart; notebooks name them as if each were alone.
-    """
-    import botocore.handlers
-
-    handler = ("before-parameter-build.s3", _add_prefix)
-    if handler not in botocore.handlers.BUILTIN_HANDLERS:
-        botocore.handlers.BUILTIN_HANDLERS.append(handler)
-
-
-def _add_prefix(params: dict[str, Any], **_: object) -> None:
-    if "Bucket" in params:
-        params["Bucket"] = os.environ.get("BUCKET_PREFIX", "") + params["Bucket"]
 
 
 def probe_object_store(settings: Settings, timeout_s: float) -> None:

@@ -141,14 +141,6 @@ class Settings:
         return f"{scheme}://{login}{address}{'/' + values['db'] if 'db' in values else ''}"
 
 
-def stored_at(uri: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Give the address that the object store knows: where users share it, `BUCKET_PREFIX` tells their buckets apart.
-
-    Code and texts name a bucket as if its user were alone; only what talks to the store itself calls this.
-    """
-    return re.sub("^s3://", f"s3://{environ.get('BUCKET_PREFIX', '')}", uri)
-
-
 # host:port, then name=value pairs; an IPv6 address stands in brackets.
 _REDIS_FORM = re.compile(r"(\[[0-9a-fA-F:]+\]|[^:/,\[\]]+):\d+(,\w+=[^,]*)*")
 VARIABLES = {entry.name: entry.metadata["variable"] for entry in fields(Settings)}

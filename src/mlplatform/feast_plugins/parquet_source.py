@@ -20,7 +20,7 @@ from feast.repo_config import RepoConfig
 
 from mlplatform.errors import DataError
 from mlplatform.feast_plugins.duckdb_s3 import duckdb_errors, quote_name, quote_text
-from mlplatform.settings import stored_at
+from mlplatform.sharing import stored_at
 
 _GLOB = re.compile(r"[*?\[]")
 _TIMES = re.compile(r"TIMESTAMP|DATETIME")
