@@ -305,7 +305,8 @@ class EmbeddedPlatform:
             users = read_users(self.state)
             write_private(self.state / "s3.json", s3_config(environment, users))
             write_private(self.state / "security.toml", security_config())
-            write_private(self.state / "master.toml", growth_config(users))
+            if users:
+                write_private(self.state / "master.toml", growth_config())
             write_private(self.state / "valkey.conf", valkey_config(environment, users))
             write_private(self.state / "basic_auth.ini", auth_config(environment, users))
             write_users(self.state, users, environment)

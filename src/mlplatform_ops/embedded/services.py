@@ -298,9 +298,9 @@ def s3_config(environment: Mapping[str, str], users: Sequence[User] = ()) -> str
     return object_store_identities(Identity("platform", [keys]), *(user.identity() for user in users))
 
 
-def growth_config(users: Sequence[User] = ()) -> str:
-    """Write how many volumes SeaweedFS makes for a bucket at once: seven, or one where there are many buckets."""
-    return "[master.volume_growth]\ncopy_1 = 1\n" if users else ""
+def growth_config() -> str:
+    """Write that SeaweedFS makes one volume for a bucket at a time, for want of seven for each of many buckets."""
+    return "[master.volume_growth]\ncopy_1 = 1\n"
 
 
 def valkey_config(environment: Mapping[str, str], users: Sequence[User] = ()) -> str:
