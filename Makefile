@@ -75,6 +75,20 @@ attack: $(READY) ## Try the running platform's doors as a stranger would, and sh
 clean: $(READY) ## Stop the platform and delete all of its state, and what was built
 	@$(CLI) clean
 
+##@ A workshop on this machine (USERS=12)
+.PHONY: workshop workshop-reset workshop-down workshop-clean
+workshop: $(VENV)/.workshop ## Start one platform for USERS=12, each with a Lab of their own; say where, and what each takes
+	@$(CLI) workshop up --users $(or $(USERS),12)
+
+workshop-reset: $(VENV)/.workshop ## Give USER=user03 a fresh start; nobody else notices
+	@$(CLI) workshop reset $(USER)
+
+workshop-down: $(READY) ## Stop it; nothing is lost
+	@$(CLI) workshop down
+
+workshop-clean: $(READY) ## Stop it and delete all of its state
+	@$(CLI) workshop clean
+
 ##@ Data and features
 .PHONY: data features
 data: $(READY) ## Derive data/income_data.csv again from its source and check both checksums
@@ -124,7 +138,7 @@ k8s-pipeline: $(VENV)/.pipelines ## Submit a pipeline to Kubeflow at KFP_HOST (N
 	@$(PIPELINE) submit $(or $(NAME),batch) $(ARGS) $(if $(CRON),--cron '$(CRON)')
 
 ##@ Working on the repository
-.PHONY: bench check lint test-unit test-services test-notebooks test-browser test-cluster format secrets sbom audit lock install
+.PHONY: bench check lint test-unit test-services test-notebooks test-browser test-cluster test-workshop format secrets sbom audit lock install
 check: lint test-unit ## Check style, types and contracts, and pass the unit tests: seconds
 
 lint: $(READY) ## Check style, types, the contracts between packages, and the workflows
@@ -142,6 +156,9 @@ test-notebooks: $(GROUPS) ## Run every notebook and check what it made
 
 test-browser: $(VENV)/.browser run ## After make run: walk the site, MLflow, the Feast UI and Lab in the system's Chromium
 	@$(PYTEST) tests/browser
+
+test-workshop: $(VENV)/.workshop ## Take three users through the notebooks at once, and let each try to cross: minutes, alone on the machine
+	@$(BIN)/python -m pytest tests/workshop
 
 test-cluster: $(READY) ## Pass the tests of the manifests and of the k8s- commands
 	@$(PYTEST) tests/cluster
@@ -179,6 +196,7 @@ lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requ
 	@$(GROUP) -c requirements-pipelines.lock --group serving -o requirements-serving.lock
 	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock --group drift -o requirements-drift.lock
 	@$(GROUP) --group browser -o requirements-browser.lock
+	@$(GROUP) --group workshop -o requirements-workshop.lock
 	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock -c requirements-drift.lock --group audit -o requirements-audit.lock
 	@$(GROUP) -c requirements-pipelines.lock -c requirements-serving.lock -c requirements-drift.lock -c requirements-audit.lock --group scale -o requirements-scale.lock
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from mlplatform.errors import ServiceDownError, credentials_refused, service_down
 from mlplatform.settings import (
+    CLIENT_DEFAULTS,
     CONNECT_TIMEOUT_S,
     S3_ANSWER_TIMEOUT_S,
     S3_ATTEMPTS,
     Settings,
     find_settings,
 )
+from mlplatform.sharing import name_buckets
 
 if TYPE_CHECKING:
     from botocore.config import Config
@@ -43,9 +45,11 @@ def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
     """
     settings = find_settings(environ)
     check_services(settings)
-    environ.update(settings.to_env())
+    # How long a client waits may be set: many users of one small machine are patient.
+    environ.update(settings.to_env() | {name: environ[name] for name in CLIENT_DEFAULTS if name in environ})
     hasten_feast()
     limit_waiting()
+    name_buckets()
     return settings
 
 
@@ -124,6 +128,7 @@ def s3_client(settings: Settings | None = None, *, config: Config | None = None)
     import boto3
     from botocore.config import Config
 
+    name_buckets()
     limits = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=S3_ANSWER_TIMEOUT_S,
@@ -191,7 +196,7 @@ def probe_online_store(settings: Settings, timeout_s: float) -> None:
 
 
 def probe_mlflow(settings: Settings, timeout_s: float) -> None:
-    """Ask for an experiment. That needs the database and the credentials, and `/health` needs neither.
+    """Search for an experiment. That needs the database and the credentials, and `/health` needs neither.
 
     Raises:
         ServiceDownError: The MLflow server does not answer.
@@ -201,8 +206,8 @@ def probe_mlflow(settings: Settings, timeout_s: float) -> None:
 
     try:
         answer = requests.get(
-            f"{settings.tracking_uri}/api/2.0/mlflow/experiments/get",
-            params={"experiment_id": "0"},
+            f"{settings.tracking_uri}/api/2.0/mlflow/experiments/search",
+            params={"max_results": "1"},
             auth=(settings.tracking_username, settings.tracking_password),
             timeout=timeout_s,
         )

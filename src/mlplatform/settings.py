@@ -72,10 +72,12 @@ class Settings:
         tracking_uri: The MLflow server, as `http://host:port`.
         tracking_username: MLflow's user name.
         tracking_password: MLflow's password.
+        workspace: The part of MLflow that is this user's alone; empty where the server is not shared.
         s3_endpoint: The object store, as `http://host:port`.
         access_key: The object store's access key id.
         secret_key: The object store's secret access key.
         region: The object store's region; any name will do for a local one.
+        bucket_prefix: What the store's own names of buckets begin with; empty where the store is not shared.
         redis: The online store in Feast's form, `host:port,password=...`.
         feature_server: The Feast feature server, as `http://host:port`.
         feature_server_token: What a request to it carries as `Authorization: Bearer <token>`.
@@ -88,10 +90,12 @@ class Settings:
     tracking_uri: str = _variable("MLFLOW_TRACKING_URI")
     tracking_username: str = _variable("MLFLOW_TRACKING_USERNAME")
     tracking_password: str = _variable("MLFLOW_TRACKING_PASSWORD", secret=True)
+    workspace: str = _variable("MLFLOW_WORKSPACE", optional=True)
     s3_endpoint: str = _variable("AWS_ENDPOINT_URL")
     access_key: str = _variable("AWS_ACCESS_KEY_ID")
     secret_key: str = _variable("AWS_SECRET_ACCESS_KEY", secret=True)
     region: str = _variable("AWS_DEFAULT_REGION")
+    bucket_prefix: str = _variable("BUCKET_PREFIX", optional=True)
     redis: str = _variable("REDIS_CONNECTION_STRING", secret=True)
     feature_server: str = _variable("FEATURE_SERVER_URL")
     feature_server_token: str = _variable("FEATURE_SERVER_TOKEN", secret=True)

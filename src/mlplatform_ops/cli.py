@@ -21,7 +21,14 @@ from cyclopts import App, CycloptsError, Parameter
 
 from mlplatform.connection import check_services, connect, hasten_feast, limit_waiting
 from mlplatform.errors import NotebookError, PlatformError
-from mlplatform.settings import CHAMPION, Settings, find_root, find_settings, state_folder
+from mlplatform.settings import (
+    CHAMPION,
+    STATE_VARIABLE,
+    Settings,
+    find_root,
+    find_settings,
+    state_folder,
+)
 from mlplatform_ops.cluster import commands as on_cluster
 from mlplatform_ops.cluster.commands import CURRENT, Target
 from mlplatform_ops.console import say, wide_console
@@ -48,6 +55,8 @@ app = App(
 app.register_install_completion_command()
 backup = App(name="backup", help="Save the platform's data to a folder, or put it back.")
 app.command(backup)
+workshop = App(name="workshop", help="One platform for many users, each with a Lab, kept apart from one another.")
+app.command(workshop)
 release = App(
     name="release", help="Release a version of the model: in the shadow, for a share of users, for all, and back."
 )
@@ -518,6 +527,68 @@ def release_status(*, model: str | None = None) -> None:
 @release.default
 def _release() -> None:
     raise CycloptsError(msg="No command is given to release.", command_chain=("release",))
+
+
+@workshop.command(name="up")
+def workshop_up(*, users: int = 12) -> None:
+    """Start the platform, let the users in, and show where each one's Lab is and what it takes.
+
+    Args:
+        users: How many; those who are in already keep what they have.
+    """
+    from rich.table import Table
+
+    from mlplatform_ops import workshop as room
+
+    state = _workshop_state()
+    room.start(state, users, notify=say)
+    table = Table("user", "Lab", "answers", "memory")
+    for seat in room.seats(state):
+        answers = ", ".join(program for program, answer in seat.answers.items() if answer)
+        table.add_row(seat.name, seat.lab, answers, f"{seat.memory_bytes / 2**20:.0f} MiB")
+    wide_console().print(table)
+
+
+@workshop.command(name="reset")
+def workshop_reset(user: str, /) -> None:
+    """Give one user a fresh start: no runs, models, objects and online values, and notebooks as they were.
+
+    Args:
+        user: The name, such as user03.
+    """
+    from mlplatform_ops import workshop as room
+
+    began = time.monotonic()
+    room.reset(_workshop_state(), user, notify=say)
+    say(f"that took {time.monotonic() - began:.1f} s")
+
+
+@workshop.command(name="down")
+def workshop_down() -> None:
+    """Stop the workshop; nothing is lost."""
+    from mlplatform_ops.embedded.platform import EmbeddedPlatform
+
+    say("stopped" if EmbeddedPlatform(_workshop_state()).down() else "nothing was running")
+
+
+@workshop.command(name="clean")
+def workshop_clean() -> None:
+    """Stop the workshop and delete all of its state."""
+    from mlplatform_ops.embedded.platform import EmbeddedPlatform
+
+    state = _workshop_state()
+    EmbeddedPlatform(state).clean()
+    say(f"deleted {state}")
+
+
+@workshop.default
+def _workshop() -> None:
+    raise CycloptsError(msg="No command is given to workshop.", command_chain=("workshop",))
+
+
+def _workshop_state() -> Path:
+    # Beside the platform of whoever gives it, which goes on undisturbed.
+    return Path(os.environ.get(STATE_VARIABLE) or find_root() / ".workshop").resolve()
 
 
 @backup.default

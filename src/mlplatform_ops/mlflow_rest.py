@@ -73,11 +73,13 @@ def close_runs(settings: Settings, ended: Callable[[str], bool]) -> int:
 def look_up(settings: Settings, method: str, **query: str) -> dict[str, Any] | None:
     """Send a request of MLflow's REST API that reads, such as `runs/get`; nothing if what is asked for is not there.
 
+    Who shares the server is told of what is not there that it is not theirs.
+
     Raises:
         requests.RequestException: MLflow does not answer, or refuses.
     """
-    answer = requests.get(_address(settings, method), params=query, auth=_login(settings), timeout=TIMEOUT_S)
-    if answer.status_code == 404:
+    answer = requests.get(_address(settings, method), params=query, timeout=TIMEOUT_S, **_login(settings))
+    if answer.status_code == 404 or (settings.workspace and answer.status_code == 403):
         return None
     answer.raise_for_status()
     return dict(answer.json())
@@ -100,7 +102,7 @@ def find_version(settings: Settings, name: str, alias: str) -> dict[str, Any] | 
 
 
 def _ask(settings: Settings, method: str, **body: Any) -> dict[str, Any]:
-    answer = requests.post(_address(settings, method), json=body, auth=_login(settings), timeout=TIMEOUT_S)
+    answer = requests.post(_address(settings, method), json=body, timeout=TIMEOUT_S, **_login(settings))
     answer.raise_for_status()
     return dict(answer.json())
 
@@ -109,5 +111,9 @@ def _address(settings: Settings, method: str) -> str:
     return f"{settings.tracking_uri}/api/2.0/mlflow/{method}"
 
 
-def _login(settings: Settings) -> tuple[str, str]:
-    return settings.tracking_username, settings.tracking_password
+def _login(settings: Settings) -> dict[str, Any]:
+    # The header by which MLflow's own client names a workspace.
+    return {
+        "auth": (settings.tracking_username, settings.tracking_password),
+        "headers": {"X-MLFLOW-WORKSPACE": settings.workspace} if settings.workspace else {},
+    }

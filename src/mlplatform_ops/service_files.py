@@ -35,17 +35,18 @@ def object_store_identities(*identities: Identity) -> str:
     return json.dumps({"identities": entries}, indent=2) + "\n"
 
 
-def mlflow_auth(*, username: str, password: str, database_uri: str) -> str:
+def mlflow_auth(*, username: str, password: str, database_uri: str, default_permission: str = "READ") -> str:
     """Write the file that configures MLflow's basic authentication, which `MLFLOW_AUTH_CONFIG_PATH` names.
 
     Args:
         username: The admin's name.
         password: The admin's password.
         database_uri: The database of users, as SQLAlchemy reads it.
+        default_permission: What a user may do with whatever nobody has given them.
     """
     # Without the cache every request pays for a password hash, a fifth of a second. An ini file doubles each %.
     return (
-        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database_uri.replace('%', '%%')}\n"
+        f"[mlflow]\ndefault_permission = {default_permission}\ndatabase_uri = {database_uri.replace('%', '%%')}\n"
         f"admin_username = {username}\nadmin_password = {password}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
         "auth_cache_ttl_seconds = 300\n"

@@ -77,6 +77,10 @@ MISTAKES = [
     ("backup save here", 1, "no platform was started here ("),
     ("backup restore nowhere", 1, "no platform was started here ("),
     ("backup restore nowhere --database x", 2, "Unknown option: --database"),
+    ("workshop", 2, "No command is given to workshop" + HELP.format(" workshop")),
+    ("workshop up --users 0", 1, "a workshop of 0 users is not possible; give USERS= from 1 to 99"),
+    ("workshop reset", 2, 'Command "workshop reset" parameter USER requires an argument'),
+    ("workshop reset user77", 1, "there is no user 'user77'; known: none; run 'make workshop'"),
 ]
 
 
@@ -167,6 +171,7 @@ COMMANDS = [
     "up", "down", "reset", "status", "env", "clean", "lab", "serve", "serve-model", "ui", "features", "data", "run",
     "backup save", "backup restore", "k8s-secrets", "k8s-up", "k8s-forward", "k8s-status", "k8s-down",
     "release shadow", "release canary", "release promote", "release roll-back", "release end", "release status",
+    "workshop up", "workshop reset", "workshop down", "workshop clean",
 ]  # fmt: skip
 
 

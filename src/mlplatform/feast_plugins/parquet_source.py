@@ -20,6 +20,7 @@ from feast.repo_config import RepoConfig
 
 from mlplatform.errors import DataError
 from mlplatform.feast_plugins.duckdb_s3 import duckdb_errors, quote_name, quote_text
+from mlplatform.sharing import stored_at
 
 _GLOB = re.compile(r"[*?\[]")
 _TIMES = re.compile(r"TIMESTAMP|DATETIME")
@@ -92,9 +93,10 @@ class ParquetFile:
 
     @property
     def pattern(self) -> str:
-        """The file's address, or the pattern of all of them."""
+        """The file's address as the store knows it, or the pattern of all of them."""
+        uri = stored_at(self.uri)
         is_folder = Path(self.uri).is_dir() if "://" not in self.uri else not Path(self.uri).suffix
-        return f"{self.uri.rstrip('/')}/**/*.parquet" if is_folder and not _GLOB.search(self.uri) else self.uri
+        return f"{uri.rstrip('/')}/**/*.parquet" if is_folder and not _GLOB.search(uri) else uri
 
     def scan(self) -> str:
         """Write the table function that reads the file or files."""
@@ -143,7 +145,7 @@ def filesystem(uri: str) -> tuple[pa.fs.FileSystem, str]:
     files = pa.fs.S3FileSystem(
         endpoint_override=os.environ.get("AWS_ENDPOINT_URL") or None, region=os.environ.get("AWS_DEFAULT_REGION")
     )
-    return files, uri.removeprefix("s3://")
+    return files, stored_at(uri).removeprefix("s3://")
 
 
 def same_family(one: str, other: str) -> bool:

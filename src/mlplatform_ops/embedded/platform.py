@@ -40,10 +40,12 @@ from mlplatform_ops.embedded.services import (
     FOLDERS,
     SECRETS,
     SERVICES,
+    SHARED_MLFLOW,
     Service,
     addresses,
     auth_config,
     choose_ports,
+    growth_config,
     grpc_sockets,
     make_buckets,
     make_certificates,
@@ -55,6 +57,7 @@ from mlplatform_ops.embedded.services import (
     wait_for_objects,
 )
 from mlplatform_ops.embedded.supervisor import Supervisor, end_processes, processes_of
+from mlplatform_ops.embedded.users import programs, read_users, write_users
 from mlplatform_ops.files import private_folder, write_private
 from mlplatform_ops.ports import HOST, Listener
 
@@ -125,11 +128,12 @@ class EmbeddedPlatform:
                 # Read before anything is ended.
                 previous = self._previous(notify)
                 self._end_processes()
-                self._supervisor.launch(self._variables(self._configure(previous, notify)))
+                environment = self._variables(self._configure(previous, notify))
+                self._supervisor.launch(environment, programs(read_users(self.state)))
             for service in services:
                 self._supervisor.start(service.name)
             self._wait(services, notify)
-            make_buckets(self.settings)
+            make_buckets(self.settings, read_users(self.state))
             wait_for_objects(self.settings, notify=notify)
         return self.settings
 
@@ -184,6 +188,20 @@ class EmbeddedPlatform:
                 raise ServiceDownError(
                     f"no space left in {self.state}; free some, then type this again: the servers go on by themselves"
                 )
+
+    def start(self, *programs: str) -> None:
+        """Start programs by name, without waiting until they answer."""
+        for program in programs:
+            self._supervisor.start(program)
+
+    def stop(self, *programs: str) -> None:
+        """End programs by name."""
+        for program in programs:
+            self._supervisor.stop(program)
+
+    def entry(self, program: str) -> dict[str, Any]:
+        """Give what the supervisor knows of a program: its `statename` and `pid` among others."""
+        return self._supervisor.entry(program)
 
     def running(self) -> bool:
         """Say whether this platform's supervisor answers.
@@ -284,10 +302,14 @@ class EmbeddedPlatform:
             make_certificates(self.state / "certificates")
             for name in (SETTINGS_FILE, SETTINGS_COPY):
                 write_private(self.state / name, json.dumps({"environment": environment}, indent=2))
-            write_private(self.state / "s3.json", s3_config(environment))
+            users = read_users(self.state)
+            write_private(self.state / "s3.json", s3_config(environment, users))
             write_private(self.state / "security.toml", security_config())
-            write_private(self.state / "valkey.conf", valkey_config(environment))
-            write_private(self.state / "basic_auth.ini", auth_config(environment))
+            if users:
+                write_private(self.state / "master.toml", growth_config())
+            write_private(self.state / "valkey.conf", valkey_config(environment, users))
+            write_private(self.state / "basic_auth.ini", auth_config(environment, users))
+            write_users(self.state, users, environment)
         except OSError as error:
             raise SettingsError(
                 f"cannot write {error.filename} ({error.strerror}); free it, or set {STATE_VARIABLE} to another folder"
@@ -303,6 +325,7 @@ class EmbeddedPlatform:
             **environment,
             "PATH": os.pathsep.join([*binaries, self._environ.get("PATH", os.defpath)]),
             "MLFLOW_AUTH_CONFIG_PATH": "basic_auth.ini",
+            **(SHARED_MLFLOW if read_users(self.state) else {}),
             "MLPLATFORM_FEATURE_REPO": str(find_root() / "feature_repo"),
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             STATE_VARIABLE: str(self.state),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,6 +21,8 @@ from mlplatform.settings import (
     Settings,
 )
 from mlplatform_ops.console import Notify
+from mlplatform_ops.embedded.users import FOLDER as USERS_FOLDER
+from mlplatform_ops.embedded.users import User
 from mlplatform_ops.files import write_private
 from mlplatform_ops.ports import HOST, LAST_PORT, SERVICE_PORTS, free_port, is_free, users_port
 from mlplatform_ops.service_files import Identity, mlflow_auth, object_store_identities
@@ -55,10 +57,11 @@ SERVICES = (
     Service("feast-ui", *SERVICE_PORTS["feast-ui"], on_demand=True),
     Service("model-endpoint", *SERVICE_PORTS["model-endpoint"], on_demand=True, health="/healthz"),
 )
-FOLDERS = ("logs", "object-store", "online-store", "mlflow", "tmp", "certificates")
+FOLDERS = ("logs", "object-store", "online-store", "mlflow", "tmp", "certificates", USERS_FOLDER)
 FILES = (
     "s3.json",
     "security.toml",
+    "master.toml",
     "valkey.conf",
     "basic_auth.ini",
     "supervisord.conf",
@@ -68,6 +71,8 @@ FILES = (
 )
 CONTENTS = (*FOLDERS, *FILES, SETTINGS_FILE, SETTINGS_COPY, "after-run")
 CERTIFICATE_YEARS = 10
+# With which MLflow keeps users apart. A route of its API for which it has no rule is then closed too.
+SHARED_MLFLOW = {"MLFLOW_ENABLE_WORKSPACES": "true", "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true"}
 
 # Ports that only the services themselves use: any free one will do.
 INNER_PORTS = (
@@ -168,11 +173,11 @@ def security_config() -> str:
     return "\n".join(sections)
 
 
-def make_buckets(settings: Settings) -> None:
-    """Make the buckets that are not there yet."""
+def make_buckets(settings: Settings, users: Sequence[User] = ()) -> None:
+    """Make the buckets that are not there yet, the users' too."""
     client = s3_client(settings)
     present = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
-    for bucket in BUCKETS:
+    for bucket in (f"{prefix}{name}" for prefix in ("", *(user.prefix for user in users)) for name in BUCKETS):
         if bucket not in present:
             client.create_bucket(Bucket=bucket)
 
@@ -287,13 +292,18 @@ def addresses(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def s3_config(environment: Mapping[str, str]) -> str:
+def s3_config(environment: Mapping[str, str], users: Sequence[User] = ()) -> str:
     """Write the object store's identities."""
     keys = environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]
-    return object_store_identities(Identity("platform", [keys]))
+    return object_store_identities(Identity("platform", [keys]), *(user.identity() for user in users))
 
 
-def valkey_config(environment: Mapping[str, str]) -> str:
+def growth_config() -> str:
+    """Write that SeaweedFS makes one volume for a bucket at a time, for want of seven for each of many buckets."""
+    return "[master.volume_growth]\ncopy_1 = 1\n"
+
+
+def valkey_config(environment: Mapping[str, str], users: Sequence[User] = ()) -> str:
     """Write Valkey's configuration."""
     return (
         f"bind {HOST}\nport {environment['MLPLATFORM_REDIS_PORT']}\n"
@@ -301,15 +311,18 @@ def valkey_config(environment: Mapping[str, str]) -> str:
         'dir online-store\nappendonly yes\nsave ""\n'
         # Its title would be written over its environment, by which processes_of knows it.
         "set-proc-title no\n"
+        # The first is the platform's own.
+        f"databases {max(16, len(users) + 1)}\n" + "".join(user.acl() for user in users)
     )
 
 
-def auth_config(environment: Mapping[str, str]) -> str:
-    """Write the configuration of MLflow's basic authentication."""
+def auth_config(environment: Mapping[str, str], users: Sequence[User] = ()) -> str:
+    """Write the configuration of MLflow's basic authentication; where users share it, each sees what is theirs."""
     return mlflow_auth(
         username=environment["MLFLOW_TRACKING_USERNAME"],
         password=environment["MLFLOW_TRACKING_PASSWORD"],
         database_uri="sqlite:///mlflow/basic_auth.db",
+        default_permission="NO_PERMISSIONS" if users else "READ",
     )
 
 

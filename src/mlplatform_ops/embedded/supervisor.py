@@ -37,17 +37,18 @@ class Supervisor:
         self._state = state
         self._environment = environment
 
-    def launch(self, environment: Mapping[str, str]) -> None:
+    def launch(self, environment: Mapping[str, str], programs: str = "") -> None:
         """Start supervisord, and wait until it answers.
 
         Args:
             environment: All variables that it hands to the services.
+            programs: More of its configuration, after what each platform has.
 
         Raises:
             ServiceDownError: It does not start.
         """
         conf = self._state / "supervisord.conf"
-        write_private(conf, (resources.files("mlplatform_ops.embedded") / conf.name).read_text())
+        write_private(conf, (resources.files("mlplatform_ops.embedded") / conf.name).read_text() + programs)
         outcome = subprocess.run(
             [sys.executable, "-m", "supervisor.supervisord", "-c", conf.name],
             cwd=self._state,
@@ -100,6 +101,18 @@ class Supervisor:
             if "ALREADY_STARTED" not in fault.faultString:
                 log = self._state / "logs" / f"{service}.log"
                 raise ServiceDownError(f"{service}: {fault.faultString}; see {log}") from fault
+
+    def stop(self, service: str) -> None:
+        """Stop a service and wait until it has ended, unless it does not run.
+
+        Raises:
+            ServiceDownError: The supervisor cannot stop it.
+        """
+        try:
+            self._call("stopProcess", service)
+        except xmlrpc.client.Fault as fault:
+            if "NOT_RUNNING" not in fault.faultString:
+                raise ServiceDownError(f"{service}: {fault.faultString}") from fault
 
     def shutdown(self) -> None:
         """Stop every service, then the supervisor itself."""
