@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 DIGEST_LENGTH = 16  # hexadecimal digits of the sha256: 64 bits, so two equal ones by chance need about 10^9 objects
 ADDRESSED = re.compile(rf"-(?P<digest>[0-9a-f]{{{DIGEST_LENGTH}}})\.parquet$")
 
+# What pandas and pyarrow raise for a type that one of them does not know, and for damage.
+_NOT_PARQUET = (pyarrow.ArrowException, TypeError, ValueError, NotImplementedError)
 _REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403"}
 _ABSENT = {"NoSuchKey", "404"}
 _PRESENT = {"PreconditionFailed", "412"}
@@ -164,30 +166,48 @@ def encode(frame: pd.DataFrame, uri: str) -> bytes:
         uri: The file's name, which ends in `.parquet`.
 
     Raises:
-        DataError: Another ending, no column at all, or a column of another kind, such as lists or mixed values.
+        DataError: Another ending, no column at all, or a column or an index of another kind, such as lists, mixed
+            values, or times in whole seconds. Nulls in a column of objects come back as `None`.
     """
     if not uri.endswith(".parquet"):
         raise DataError(f"{uri} is not the name of a parquet file; end it in .parquet")
     if frame.columns.empty:
         raise DataError(f"parquet cannot keep the frame for {uri} (it has no column); give it one")
-    for name, column in frame.items():
-        if problem := _unlike_after_parquet(name, column):
-            raise DataError(f"parquet cannot keep the frame for {uri} ({name!r} {problem}); convert the column first")
+    index = [frame.index.get_level_values(level) for level in range(frame.index.nlevels)]
     try:
+        for name, values in (*frame.items(), *(("" if level.name is None else level.name, level) for level in index)):
+            if problem := _unlike_after_parquet(name, values):
+                raise ValueError(f"{name!r} {problem}")
+        # A type that is lost is lost without any row too.
+        empty = frame.head(0)
+        if problem := _changed_type(empty, pd.read_parquet(io.BytesIO(empty.to_parquet()))):
+            raise ValueError(problem)
         return bytes(frame.to_parquet())
-    except (TypeError, ValueError, pyarrow.ArrowException) as error:
+    except _NOT_PARQUET as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"parquet cannot keep the frame for {uri} ({reason}); convert the column first") from error
 
 
-def _unlike_after_parquet(name: object, column: pd.Series) -> str:
-    """Say what of a column pandas would write without complaint and read back as something else."""
+def _unlike_after_parquet(name: object, values: pd.Series | pd.Index) -> str:
+    """Say what of a column or an index pandas would write without complaint and read back as something else."""
     if not isinstance(name, str):
         return "is a name that is no text"
-    if isinstance(column.dtype, pd.CategoricalDtype):
+    if isinstance(values.dtype, pd.CategoricalDtype):
         return "holds categories"  # which a frame without rows would lose
-    kind = pd.api.types.infer_dtype(column, skipna=True) if column.dtype == object else "string"
+    kind = pd.api.types.infer_dtype(values, skipna=True) if values.dtype == object else "string"
     return "" if kind in {"string", "empty"} else f"holds {kind} values as objects"
+
+
+def _changed_type(frame: pd.DataFrame, back: pd.DataFrame) -> str:
+    """Say which column or index came back with another type, such as times in seconds as times in milliseconds."""
+    for name, before, after in zip(frame.columns, frame.dtypes, back.dtypes, strict=True):
+        if str(before) != str(after):
+            return f"{name!r} is {before} and would come back as {after}"
+    for level in range(frame.index.nlevels):
+        before, after = (one.index.get_level_values(level).dtype for one in (frame, back))
+        if str(before) != str(after):
+            return f"the index is {before} and would come back as {after}"
+    return ""
 
 
 def decode(body: bytes, uri: str) -> pd.DataFrame:
@@ -198,11 +218,11 @@ def decode(body: bytes, uri: str) -> pd.DataFrame:
         uri: Its name, for the message.
 
     Raises:
-        DataError: The bytes are no parquet file.
+        DataError: The bytes are no parquet file, or one with types that pandas does not know.
     """
     try:
         return pd.read_parquet(io.BytesIO(body))
-    except pyarrow.ArrowException as error:
+    except _NOT_PARQUET as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{uri} cannot be read ({reason}); write it again") from error
 
