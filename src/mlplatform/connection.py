@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlplatform.errors import ServiceDownError, credentials_refused, service_down
+from mlplatform.errors import CLOCK_CODES, ServiceDownError, clocks_differ, credentials_refused, service_down
 from mlplatform.settings import (
     CONNECT_TIMEOUT_S,
     S3_ANSWER_TIMEOUT_S,
     S3_ATTEMPTS,
     Settings,
     find_settings,
+    missing_variables,
+    state_folder,
 )
 
 if TYPE_CHECKING:
     from botocore.config import Config
+    from botocore.exceptions import ClientError
     from mypy_boto3_s3 import S3Client
+
+UNSUPERVISED = (
+    "the supervisor has ended and its services run on without it: one that dies stays dead; run 'make up', which "
+    "starts all of them again"
+)
 
 
 def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
@@ -28,7 +38,8 @@ def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
 
     MLflow, Feast, boto3 and redis-py read them there. If all standard variables are set, as on a cluster, they are
     used. If only some are set, they are ignored and the embedded platform's settings are used: the
-    `AWS_ACCESS_KEY_ID` of somebody's cloud account must never meet a local address.
+    `AWS_ACCESS_KEY_ID` of somebody's cloud account must never meet a local address. Warns if that platform runs without
+    its supervisor.
 
     Args:
         environ: Variables by name; the standard ones are written back to it.
@@ -43,10 +54,23 @@ def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
     """
     settings = find_settings(environ)
     check_services(settings)
+    if missing_variables(environ) and _supervisor_was_killed(state_folder(environ=environ)):
+        warnings.warn(UNSUPERVISED, RuntimeWarning, stacklevel=2)
     environ.update(settings.to_env())
     hasten_feast()
     limit_waiting()
     return settings
+
+
+def _supervisor_was_killed(state: Path) -> bool:
+    """Look whether the process that wrote its number there is gone; when it ends by itself it removes the file."""
+    try:
+        os.kill(int((state / "supervisord.pid").read_text()), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 def hasten_feast() -> None:
@@ -146,7 +170,7 @@ def probe_object_store(settings: Settings, timeout_s: float) -> None:
 
     Raises:
         ServiceDownError: The object store does not answer.
-        CredentialsError: It refuses the keys.
+        CredentialsError: It refuses the keys, or the time in the signature.
     """
     import botocore.exceptions
     from botocore.config import Config
@@ -157,6 +181,8 @@ def probe_object_store(settings: Settings, timeout_s: float) -> None:
         client.list_buckets()
     except botocore.exceptions.ClientError as error:
         code = error.response["Error"]["Code"]
+        if code in CLOCK_CODES:
+            raise clocks_differ(settings.s3_endpoint, date_of(error)) from error
         if code in {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
             raise credentials_refused("object store", settings.s3_endpoint, "AWS_ACCESS_KEY_ID") from error
         raise service_down("object store", settings.s3_endpoint) from error
@@ -164,8 +190,13 @@ def probe_object_store(settings: Settings, timeout_s: float) -> None:
         raise service_down("object store", settings.s3_endpoint) from error
 
 
+def date_of(error: ClientError) -> str:
+    """Give the object store's own time, as it stands in its refusal."""
+    return str(error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", ""))
+
+
 def probe_online_store(settings: Settings, timeout_s: float) -> None:
-    """Send `PING`.
+    """Ask for a key. `PING` would be refused while the disk is full, and reading goes on then.
 
     Raises:
         ServiceDownError: The online store does not answer.
@@ -183,7 +214,7 @@ def probe_online_store(settings: Settings, timeout_s: float) -> None:
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),
         ) as client:
-            client.ping()
+            client.exists("-")
     except redis.AuthenticationError as error:
         raise credentials_refused("online store", address, "REDIS_CONNECTION_STRING") from error
     except (redis.RedisError, OSError) as error:
@@ -212,5 +243,6 @@ def probe_mlflow(settings: Settings, timeout_s: float) -> None:
         raise credentials_refused("MLflow server", settings.tracking_uri, "MLFLOW_TRACKING_USERNAME")
     if not answer.ok:
         raise ServiceDownError(
-            f"the MLflow server at {settings.tracking_uri} answers {answer.status_code}; see its log"
+            f"the MLflow server at {settings.tracking_uri} answers {answer.status_code}; run 'make up', which says why "
+            "where it can, or see its log"
         )

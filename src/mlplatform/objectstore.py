@@ -20,13 +20,22 @@ import botocore.exceptions
 import pandas as pd
 import pyarrow
 
-from mlplatform.connection import s3_client
-from mlplatform.errors import CredentialsError, DataError, MissingObjectError, ServiceDownError
+from mlplatform.connection import date_of, s3_client
+from mlplatform.errors import (
+    CLOCK_CODES,
+    CredentialsError,
+    DataError,
+    MissingObjectError,
+    ServiceDownError,
+    clocks_differ,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 DIGEST_LENGTH = 16  # hexadecimal digits of the sha256: 64 bits, so two equal ones by chance need about 10^9 objects
+KEY_BYTES = 1024  # what S3 allows
+_UNLISTED = re.compile("[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 ADDRESSED = re.compile(rf"-(?P<digest>[0-9a-f]{{{DIGEST_LENGTH}}})\.parquet$")
 
 # What pandas and pyarrow raise for a type that one of them does not know, and for damage.
@@ -143,12 +152,18 @@ def split_uri(uri: str) -> tuple[str, str]:
     """Divide `s3://bucket/key` into bucket and key.
 
     Raises:
-        DataError: It is not of that form.
+        DataError: It is not of that form, or its key is one that stores and clients write differently.
     """
-    match = re.fullmatch(r"s3://([^/]+)/(.+)", uri)
+    match = re.fullmatch(r"s3://([^/]+)/(.+)", uri, re.DOTALL)
     if match is None:
         raise DataError(f"{uri!r} is not an object's address; give s3://bucket/key")
-    return match[1], match[2]
+    bucket, key = match.groups()
+    # Some stores take a key for a path and resolve it, which may lead into another bucket; XML cannot list the signs.
+    if {"", ".", ".."} & set(key.split("/")) or _UNLISTED.search(key):
+        raise DataError(f"{uri!a} has an empty part, '.', '..' or a control character in its key; give another name")
+    if len(key.encode()) > KEY_BYTES:
+        raise DataError(f"{uri[:60]!r}... has a key of more than {KEY_BYTES} bytes; shorten it")
+    return bucket, key
 
 
 def addressed(uri: str, body: bytes) -> str:
@@ -173,9 +188,11 @@ def encode(frame: pd.DataFrame, uri: str) -> bytes:
         raise DataError(f"{uri} is not the name of a parquet file; end it in .parquet")
     if frame.columns.empty:
         raise DataError(f"parquet cannot keep the frame for {uri} (it has no column); give it one")
-    index = [frame.index.get_level_values(level) for level in range(frame.index.nlevels)]
+    levels = [frame.index.get_level_values(number) for number in range(frame.index.nlevels)]
+    parts: list[tuple[object, pd.Series | pd.Index]] = list(frame.items())
+    parts += [("" if level.name is None else level.name, level) for level in levels]
     try:
-        for name, values in (*frame.items(), *(("" if level.name is None else level.name, level) for level in index)):
+        for name, values in parts:
             if problem := _unlike_after_parquet(name, values):
                 raise ValueError(f"{name!r} {problem}")
         # A type that is lost is lost without any row too.
@@ -258,6 +275,8 @@ def s3_errors(uri: str) -> Iterator[None]:
         yield
     except botocore.exceptions.ClientError as error:
         code = error.response["Error"]["Code"]
+        if code in CLOCK_CODES:
+            raise clocks_differ(uri, date_of(error)) from error
         if code in _REFUSED:
             raise CredentialsError(
                 f"the object store refuses the credentials for {uri}; check AWS_ACCESS_KEY_ID, or run 'make env' again"
