@@ -210,12 +210,13 @@ class TestLifecycle:
     def test_a_service_that_does_not_come_up_is_named_with_its_log(self, own: EmbeddedPlatform) -> None:
         own.down()
         database = own.state / "mlflow" / "mlflow.db"
-        kept = database.read_bytes()
-        database.write_bytes(b"this is no database")
+        kept = database.rename(own.state / "kept")
+        database.mkdir()
         with pytest.raises(ServiceDownError, match=r"mlflow does not come up: .*; see .*logs/mlflow\.log"):
             own.up()
         own.down()
-        database.write_bytes(kept)
+        database.rmdir()
+        kept.rename(database)
 
     def test_clean_removes_all_of_it(self, own: EmbeddedPlatform) -> None:
         own.clean()

@@ -12,7 +12,7 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from mlplatform.errors import RegistryError, credentials_refused, service_down
+from mlplatform.errors import RegistryError, ServiceDownError, credentials_refused, service_down
 from mlplatform.promotion import gate, lock, signing
 from mlplatform.settings import CHAMPION, MODEL_NAME
 
@@ -162,6 +162,11 @@ def mlflow_errors() -> Iterator[None]:
         status = error.get_http_status_code()  # type: ignore[no-untyped-call]
         if status in {401, 403}:
             raise credentials_refused("MLflow server", mlflow.get_tracking_uri(), "MLFLOW_TRACKING_USERNAME") from error
+        if "(sqlite3.DatabaseError)" in reason:  # the database is damaged; a locked one has another name
+            raise ServiceDownError(
+                f"the MLflow server at {mlflow.get_tracking_uri()} cannot read its database; run 'make up', which says "
+                "what to do"
+            ) from error
         if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
             said = reason.removeprefix(f"{error.error_code}: ")
             raise RegistryError(f"{said}; correct it, or run notebook 02_train_models") from error

@@ -101,6 +101,11 @@ class Supervisor:
                 log = self._state / "logs" / f"{service}.log"
                 raise ServiceDownError(f"{service}: {fault.faultString}; see {log}") from fault
 
+    def stop(self, service: str) -> None:
+        """Stop a service, and start it no more until it is asked for."""
+        with suppress(xmlrpc.client.Fault):  # it does not run
+            self._call("stopProcess", service)
+
     def shutdown(self) -> None:
         """Stop every service, then the supervisor itself."""
         pid = self._call("getPID")
