@@ -7,28 +7,20 @@ gets the same name and is stored once. Other data gets another name, so no data 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import botocore.exceptions
 import pandas as pd
-import pyarrow
 
-from mlplatform.connection import date_of, s3_client
-from mlplatform.errors import (
-    CLOCK_CODES,
-    CredentialsError,
-    DataError,
-    MissingObjectError,
-    ServiceDownError,
-    clocks_differ,
-)
+from mlplatform.connection import s3_client
+from mlplatform.errors import DataError
+from mlplatform.storage.parquet import decode as decode
+from mlplatform.storage.parquet import encode as encode
+from mlplatform.storage.refusals import s3_errors as s3_errors
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -38,12 +30,7 @@ KEY_BYTES = 1024  # what S3 allows
 _UNLISTED = re.compile("[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 ADDRESSED = re.compile(rf"-(?P<digest>[0-9a-f]{{{DIGEST_LENGTH}}})\.parquet$")
 
-# What pandas and pyarrow raise for a type that one of them does not know, and for damage.
-_NOT_PARQUET = (pyarrow.ArrowException, TypeError, ValueError, NotImplementedError)
-_REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403"}
-_ABSENT = {"NoSuchKey", "404"}
 _PRESENT = {"PreconditionFailed", "412"}
-_FAILING = {"InternalError", "ServiceUnavailable", "SlowDown", "500", "502", "503", "504"}
 
 
 def write_frame(frame: pd.DataFrame, uri: str, *, client: S3Client | None = None) -> str:
@@ -173,77 +160,6 @@ def addressed(uri: str, body: bytes) -> str:
     return f"s3://{bucket}/{path.with_name(f'{path.stem}-{_digest(body)}{path.suffix}')}"
 
 
-def encode(frame: pd.DataFrame, uri: str) -> bytes:
-    """Turn a frame into a parquet file; refuses what pandas would store and give back as something else.
-
-    Args:
-        frame: Columns of text, numbers, booleans or times, each with a name that is text.
-        uri: The file's name, which ends in `.parquet`.
-
-    Raises:
-        DataError: Another ending, no column at all, or a column or an index of another kind, such as lists, mixed
-            values, or times in whole seconds. Nulls in a column of objects come back as `None`.
-    """
-    if not uri.endswith(".parquet"):
-        raise DataError(f"{uri} is not the name of a parquet file; end it in .parquet")
-    if frame.columns.empty:
-        raise DataError(f"parquet cannot keep the frame for {uri} (it has no column); give it one")
-    levels = [frame.index.get_level_values(number) for number in range(frame.index.nlevels)]
-    parts: list[tuple[object, pd.Series | pd.Index]] = list(frame.items())
-    parts += [("" if level.name is None else level.name, level) for level in levels]
-    try:
-        for name, values in parts:
-            if problem := _unlike_after_parquet(name, values):
-                raise ValueError(f"{name!r} {problem}")
-        # A type that is lost is lost without any row too.
-        empty = frame.head(0)
-        if problem := _changed_type(empty, pd.read_parquet(io.BytesIO(empty.to_parquet()))):
-            raise ValueError(problem)
-        return bytes(frame.to_parquet())
-    except _NOT_PARQUET as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"parquet cannot keep the frame for {uri} ({reason}); convert the column first") from error
-
-
-def _unlike_after_parquet(name: object, values: pd.Series | pd.Index) -> str:
-    """Say what of a column or an index pandas would write without complaint and read back as something else."""
-    if not isinstance(name, str):
-        return "is a name that is no text"
-    if isinstance(values.dtype, pd.CategoricalDtype):
-        return "holds categories"  # which a frame without rows would lose
-    kind = pd.api.types.infer_dtype(values, skipna=True) if values.dtype == object else "string"
-    return "" if kind in {"string", "empty"} else f"holds {kind} values as objects"
-
-
-def _changed_type(frame: pd.DataFrame, back: pd.DataFrame) -> str:
-    """Say which column or index came back with another type, such as times in seconds as times in milliseconds."""
-    for name, before, after in zip(frame.columns, frame.dtypes, back.dtypes, strict=True):
-        if str(before) != str(after):
-            return f"{name!r} is {before} and would come back as {after}"
-    for level in range(frame.index.nlevels):
-        before, after = (one.index.get_level_values(level).dtype for one in (frame, back))
-        if str(before) != str(after):
-            return f"the index is {before} and would come back as {after}"
-    return ""
-
-
-def decode(body: bytes, uri: str) -> pd.DataFrame:
-    """Turn a parquet file into a frame; adds a clear error to pandas' own.
-
-    Args:
-        body: The file.
-        uri: Its name, for the message.
-
-    Raises:
-        DataError: The bytes are no parquet file, or one with types that pandas does not know.
-    """
-    try:
-        return pd.read_parquet(io.BytesIO(body))
-    except _NOT_PARQUET as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{uri} cannot be read ({reason}); write it again") from error
-
-
 def _digest(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()[:DIGEST_LENGTH]
 
@@ -257,41 +173,3 @@ def _default_client() -> S3Client:
 def _client_of(environment: tuple[str | None, ...]) -> S3Client:
     # Making a client takes longer than a small request, so one is kept until the environment names another platform.
     return s3_client()
-
-
-@contextmanager
-def s3_errors(uri: str) -> Iterator[None]:
-    """Turn boto3's errors into ours; those that mean nothing here pass unchanged.
-
-    Args:
-        uri: What is read or written, for the message.
-
-    Raises:
-        MissingObjectError: The bucket or the object is not there.
-        CredentialsError: The object store refuses the keys.
-        ServiceDownError: The object store does not answer, or fails.
-    """
-    try:
-        yield
-    except botocore.exceptions.ClientError as error:
-        code = error.response["Error"]["Code"]
-        if code in CLOCK_CODES:
-            raise clocks_differ(uri, date_of(error)) from error
-        if code in _REFUSED:
-            raise CredentialsError(
-                f"the object store refuses the credentials for {uri}; check AWS_ACCESS_KEY_ID, or run 'make env' again"
-            ) from error
-        if code == "NoSuchBucket":
-            bucket = uri.removeprefix("s3://").partition("/")[0]
-            raise MissingObjectError(f"{uri}: there is no bucket {bucket}; run 'make up', which makes it") from error
-        if code in _ABSENT:
-            raise MissingObjectError(f"{uri} is not there; run the notebook that writes it, or 'make run'") from error
-        if code in _FAILING:
-            raise ServiceDownError(f"the object store fails on {uri} ({code}); see 'make status'") from error
-        raise
-    except (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError) as error:
-        raise CredentialsError(f"no credentials for {uri}; call connect(), or run 'make env'") from error
-    except (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError) as error:
-        raise ServiceDownError(
-            f"the object store does not answer for {uri}; run 'make up', then 'make status'"
-        ) from error
