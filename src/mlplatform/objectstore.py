@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DIGEST_LENGTH = 16  # hexadecimal digits of the sha256: 64 bits, so two equal ones by chance need about 10^9 objects
 KEY_BYTES = 1024  # what S3 allows
-_UNLISTED = re.compile("[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+_UNKEPT = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff\ufffe\uffff]")
 ADDRESSED = re.compile(rf"-(?P<digest>[0-9a-f]{{{DIGEST_LENGTH}}})\.parquet$")
 
 _PRESENT = {"PreconditionFailed", "412"}
@@ -145,9 +145,10 @@ def split_uri(uri: str) -> tuple[str, str]:
     if match is None:
         raise DataError(f"{uri!r} is not an object's address; give s3://bucket/key")
     bucket, key = match.groups()
-    # Some stores take a key for a path and resolve it, which may lead into another bucket; XML cannot list the signs.
-    if {"", ".", ".."} & set(key.split("/")) or _UNLISTED.search(key):
-        raise DataError(f"{uri!a} has an empty part, '.', '..' or a control character in its key; give another name")
+    # Some stores take a key for a path and resolve it, which may lead into another bucket; SeaweedFS takes a backslash
+    # for a slash, and XML cannot list control characters.
+    if {"", ".", ".."} & set(key.split("/")) or _UNKEPT.search(key):
+        raise DataError(f"{uri!a} has an empty part, '.', '..', a backslash or a control character; give another name")
     if len(key.encode()) > KEY_BYTES:
         raise DataError(f"{uri[:60]!r}... has a key of more than {KEY_BYTES} bytes; shorten it")
     return bucket, key

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import mlflow
+import requests
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from mlplatform.errors import RegistryError, ServiceDownError, credentials_refused, service_down
+from mlplatform.errors import MissingObjectError, RegistryError, ServiceDownError, credentials_refused, service_down
 from mlplatform.promotion import gate, lock, signing
 from mlplatform.settings import CHAMPION, MODEL_NAME
 
@@ -173,3 +174,11 @@ def mlflow_errors() -> Iterator[None]:
         if "Max retries exceeded" in reason or status in {502, 503, 504}:
             raise service_down("MLflow server", mlflow.get_tracking_uri()) from error
         raise
+    except requests.HTTPError as error:
+        # Artifacts pass through MLflow's server, whose client does not translate what is said about them.
+        if error.response is None or error.response.status_code != 404:
+            raise
+        raise MissingObjectError(
+            f"the object store has not got what the MLflow server at {mlflow.get_tracking_uri()} keeps there; "
+            "run 'make up', then put a backup back, or train again"
+        ) from error

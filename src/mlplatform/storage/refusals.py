@@ -8,7 +8,14 @@ from contextlib import contextmanager
 import botocore.exceptions
 
 from mlplatform.connection import date_of
-from mlplatform.errors import CLOCK_CODES, CredentialsError, MissingObjectError, ServiceDownError, clocks_differ
+from mlplatform.errors import (
+    CLOCK_CODES,
+    CredentialsError,
+    DataError,
+    MissingObjectError,
+    ServiceDownError,
+    clocks_differ,
+)
 
 _REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403"}
 _ABSENT = {"NoSuchKey", "404"}
@@ -23,6 +30,7 @@ def s3_errors(uri: str) -> Iterator[None]:
         uri: What is read or written, for the message.
 
     Raises:
+        DataError: The name is longer than the store allows, such as 255 bytes between two slashes.
         MissingObjectError: The bucket or the object is not there.
         CredentialsError: The object store refuses the keys.
         ServiceDownError: The object store does not answer, or fails.
@@ -40,6 +48,8 @@ def s3_errors(uri: str) -> Iterator[None]:
         if code == "NoSuchBucket":
             bucket = uri.removeprefix("s3://").partition("/")[0]
             raise MissingObjectError(f"{uri}: there is no bucket {bucket}; run 'make up', which makes it") from error
+        if code == "KeyTooLongError":
+            raise DataError(f"the object store refuses {uri[:60]}... as too long a name; shorten it") from error
         if code in _ABSENT:
             raise MissingObjectError(f"{uri} is not there; run the notebook that writes it, or 'make run'") from error
         if code in _FAILING:
