@@ -156,9 +156,11 @@ def test_a_full_output_folder_is_named_and_an_earlier_copy_stays(clone: Path, st
 
     def run(*options: str) -> tuple[int, str]:
         process = start("--output", str(small.folder), *options, within=small.enter(clone))
-        return process.wait(BOUND_S), process.communicate()[0]
+        output, _ = process.communicate(timeout=BOUND_S)
+        return process.returncode, output
 
-    assert run()[0] == 0
+    code, output = run()
+    assert code == 0, output
     kept = small.read("01_writes.ipynb")
     assert '"kept' in kept
     small.fill()
@@ -168,4 +170,5 @@ def test_a_full_output_folder_is_named_and_an_earlier_copy_stays(clone: Path, st
     assert "Traceback" not in output
     assert small.read("01_writes.ipynb") == kept
     small.free()
-    assert run("--fresh")[0] == 0
+    code, output = run("--fresh")
+    assert code == 0, output

@@ -53,7 +53,10 @@ def s3_errors(uri: str) -> Iterator[None]:
         if code in _ABSENT:
             raise MissingObjectError(f"{uri} is not there; run the notebook that writes it, or 'make run'") from error
         if code in _FAILING:
-            raise ServiceDownError(f"the object store fails on {uri} ({code}); see 'make status'") from error
+            # SeaweedFS and MinIO say no more than this of a disk that is full.
+            raise ServiceDownError(
+                f"the object store fails on {uri} ({code}): no space left, if its disk is full; see 'make status'"
+            ) from error
         raise
     except (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError) as error:
         raise CredentialsError(f"no credentials for {uri}; call connect(), or run 'make env'") from error
