@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,13 +212,13 @@ class TestLifecycle:
     def test_a_service_that_does_not_come_up_is_named_with_its_log(self, own: EmbeddedPlatform) -> None:
         own.down()
         database = own.state / "mlflow" / "mlflow.db"
-        kept = database.rename(own.state / "kept")
-        database.mkdir()
+        kept = database.read_bytes()
+        with closing(sqlite3.connect(database)) as opened, opened:
+            opened.execute("UPDATE alembic_version SET version_num = 'of a later release'")
         with pytest.raises(ServiceDownError, match=r"mlflow does not come up: .*; see .*logs/mlflow\.log"):
             own.up()
         own.down()
-        database.rmdir()
-        kept.rename(database)
+        database.write_bytes(kept)
 
     def test_clean_removes_all_of_it(self, own: EmbeddedPlatform) -> None:
         own.clean()
