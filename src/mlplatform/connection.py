@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlplatform.errors import ServiceDownError, credentials_refused, service_down
+from mlplatform.errors import CLOCK_CODES, ServiceDownError, clocks_differ, credentials_refused, service_down
 from mlplatform.settings import (
     CLIENT_DEFAULTS,
     CONNECT_TIMEOUT_S,
@@ -17,12 +19,20 @@ from mlplatform.settings import (
     S3_ATTEMPTS,
     Settings,
     find_settings,
+    missing_variables,
+    state_folder,
 )
 from mlplatform.sharing import name_buckets
 
 if TYPE_CHECKING:
     from botocore.config import Config
+    from botocore.exceptions import ClientError
     from mypy_boto3_s3 import S3Client
+
+UNSUPERVISED = (
+    "the supervisor has ended and its services run on without it: one that dies stays dead; run 'make up', which "
+    "starts all of them again"
+)
 
 
 def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
@@ -30,7 +40,8 @@ def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
 
     MLflow, Feast, boto3 and redis-py read them there. If all standard variables are set, as on a cluster, they are
     used. If only some are set, they are ignored and the embedded platform's settings are used: the
-    `AWS_ACCESS_KEY_ID` of somebody's cloud account must never meet a local address.
+    `AWS_ACCESS_KEY_ID` of somebody's cloud account must never meet a local address. Warns if that platform runs without
+    its supervisor.
 
     Args:
         environ: Variables by name; the standard ones are written back to it.
@@ -45,12 +56,25 @@ def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
     """
     settings = find_settings(environ)
     check_services(settings)
+    if missing_variables(environ) and _supervisor_was_killed(state_folder(environ=environ)):
+        warnings.warn(UNSUPERVISED, RuntimeWarning, stacklevel=2)
     # How long a client waits may be set: many users of one small machine are patient.
     environ.update(settings.to_env() | {name: environ[name] for name in CLIENT_DEFAULTS if name in environ})
     hasten_feast()
     limit_waiting()
     name_buckets()
     return settings
+
+
+def _supervisor_was_killed(state: Path) -> bool:
+    """Look whether the process that wrote its number there is gone; when it ends by itself it removes the file."""
+    try:
+        os.kill(int((state / "supervisord.pid").read_text()), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 def hasten_feast() -> None:
@@ -151,7 +175,7 @@ def probe_object_store(settings: Settings, timeout_s: float) -> None:
 
     Raises:
         ServiceDownError: The object store does not answer.
-        CredentialsError: It refuses the keys.
+        CredentialsError: It refuses the keys, or the time in the signature.
     """
     import botocore.exceptions
     from botocore.config import Config
@@ -162,6 +186,8 @@ def probe_object_store(settings: Settings, timeout_s: float) -> None:
         client.list_buckets()
     except botocore.exceptions.ClientError as error:
         code = error.response["Error"]["Code"]
+        if code in CLOCK_CODES:
+            raise clocks_differ(settings.s3_endpoint, date_of(error)) from error
         if code in {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
             raise credentials_refused("object store", settings.s3_endpoint, "AWS_ACCESS_KEY_ID") from error
         raise service_down("object store", settings.s3_endpoint) from error
@@ -169,8 +195,13 @@ def probe_object_store(settings: Settings, timeout_s: float) -> None:
         raise service_down("object store", settings.s3_endpoint) from error
 
 
+def date_of(error: ClientError) -> str:
+    """Give the object store's own time, as it stands in its refusal."""
+    return str(error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", ""))
+
+
 def probe_online_store(settings: Settings, timeout_s: float) -> None:
-    """Send `PING`.
+    """Ask for a key. `PING` would be refused while the disk is full, and reading goes on then.
 
     Raises:
         ServiceDownError: The online store does not answer.
@@ -188,7 +219,7 @@ def probe_online_store(settings: Settings, timeout_s: float) -> None:
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),
         ) as client:
-            client.ping()
+            client.exists("-")
     except redis.AuthenticationError as error:
         raise credentials_refused("online store", address, "REDIS_CONNECTION_STRING") from error
     except (redis.RedisError, OSError) as error:
@@ -217,5 +248,6 @@ def probe_mlflow(settings: Settings, timeout_s: float) -> None:
         raise credentials_refused("MLflow server", settings.tracking_uri, "MLFLOW_TRACKING_USERNAME")
     if not answer.ok:
         raise ServiceDownError(
-            f"the MLflow server at {settings.tracking_uri} answers {answer.status_code}; see its log"
+            f"the MLflow server at {settings.tracking_uri} answers {answer.status_code}; run 'make up', which says why "
+            "where it can, or see its log"
         )

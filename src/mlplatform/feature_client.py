@@ -113,11 +113,13 @@ def checked_users(users: Sequence[str]) -> Sequence[str]:
     """Refuse an empty list of users, and ids that are not text.
 
     Raises:
-        DataError: The list is empty, or an id is not text.
+        DataError: The list is empty, or an id is not text, or no text that can be written.
     """
     if len(users) == 0:
         raise DataError(f"no user was asked about; give at least one {table.current().entity.key}")
     wrong = [user for user in users if not isinstance(user, str)]
     if wrong:
         raise DataError(f"user ids are text, and {wrong[0]!r} is not; convert them with str")
+    if broken := [user for user in users if any("\ud800" <= sign <= "\udfff" for sign in user)]:
+        raise DataError(f"the user id {broken[0]!r} holds half of a surrogate pair, which is no character; correct it")
     return users

@@ -21,7 +21,14 @@ from feast.repo_config import load_repo_config
 from feast.repo_operations import apply_total
 
 from mlplatform import history, objectstore, table
-from mlplatform.errors import DataError, MissingObjectError, RegistryError, credentials_refused, service_down
+from mlplatform.errors import (
+    DataError,
+    MissingObjectError,
+    RegistryError,
+    ServiceDownError,
+    credentials_refused,
+    service_down,
+)
 from mlplatform.feast_plugins.compute_engine import MaterialisedView, PipelinedComputeEngine
 from mlplatform.feast_plugins.registry_store import LostRaceError, applying, importing_from
 from mlplatform.feature_client import NEXT_STEP, checked_users, online_frame
@@ -264,6 +271,11 @@ def _store_errors(online_store: str, store: FeatureStore | None = None) -> Itera
     except redis.AuthenticationError as error:
         raise credentials_refused("online store", address, "REDIS_CONNECTION_STRING") from error
     except redis.RedisError as error:
+        if "MISCONF" in str(error):  # Redis' word for a file of its own that it cannot write
+            raise ServiceDownError(
+                f"no space left where the online store at {address} keeps its data, or its disk fails; free some, then "
+                "do this again: what is stored can be read meanwhile"
+            ) from error
         raise service_down("online store", address) from error
 
 

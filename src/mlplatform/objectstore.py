@@ -7,32 +7,30 @@ gets the same name and is stored once. Other data gets another name, so no data 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import botocore.exceptions
 import pandas as pd
-import pyarrow
 
 from mlplatform.connection import s3_client
-from mlplatform.errors import CredentialsError, DataError, MissingObjectError, ServiceDownError
+from mlplatform.errors import DataError
+from mlplatform.storage.parquet import decode as decode
+from mlplatform.storage.parquet import encode as encode
+from mlplatform.storage.refusals import s3_errors as s3_errors
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 DIGEST_LENGTH = 16  # hexadecimal digits of the sha256: 64 bits, so two equal ones by chance need about 10^9 objects
+KEY_BYTES = 1024  # what S3 allows
+_UNKEPT = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff\ufffe\uffff]")
 ADDRESSED = re.compile(rf"-(?P<digest>[0-9a-f]{{{DIGEST_LENGTH}}})\.parquet$")
 
-_REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403"}
-_ABSENT = {"NoSuchKey", "404"}
 _PRESENT = {"PreconditionFailed", "412"}
-_FAILING = {"InternalError", "ServiceUnavailable", "SlowDown", "500", "502", "503", "504"}
 
 
 def write_frame(frame: pd.DataFrame, uri: str, *, client: S3Client | None = None) -> str:
@@ -141,12 +139,19 @@ def split_uri(uri: str) -> tuple[str, str]:
     """Divide `s3://bucket/key` into bucket and key.
 
     Raises:
-        DataError: It is not of that form.
+        DataError: It is not of that form, or its key is one that stores and clients write differently.
     """
-    match = re.fullmatch(r"s3://([^/]+)/(.+)", uri)
+    match = re.fullmatch(r"s3://([^/]+)/(.+)", uri, re.DOTALL)
     if match is None:
         raise DataError(f"{uri!r} is not an object's address; give s3://bucket/key")
-    return match[1], match[2]
+    bucket, key = match.groups()
+    # Some stores take a key for a path and resolve it, which may lead into another bucket; SeaweedFS takes a backslash
+    # for a slash, and XML cannot list control characters.
+    if {"", ".", ".."} & set(key.split("/")) or _UNKEPT.search(key):
+        raise DataError(f"{uri!a} has an empty part, '.', '..', a backslash or a control character; give another name")
+    if len(key.encode()) > KEY_BYTES:
+        raise DataError(f"{uri[:60]!r}... has a key of more than {KEY_BYTES} bytes; shorten it")
+    return bucket, key
 
 
 def addressed(uri: str, body: bytes) -> str:
@@ -154,57 +159,6 @@ def addressed(uri: str, body: bytes) -> str:
     bucket, key = split_uri(uri)
     path = PurePosixPath(key)
     return f"s3://{bucket}/{path.with_name(f'{path.stem}-{_digest(body)}{path.suffix}')}"
-
-
-def encode(frame: pd.DataFrame, uri: str) -> bytes:
-    """Turn a frame into a parquet file; refuses what pandas would store and give back as something else.
-
-    Args:
-        frame: Columns of text, numbers, booleans or times, each with a name that is text.
-        uri: The file's name, which ends in `.parquet`.
-
-    Raises:
-        DataError: Another ending, no column at all, or a column of another kind, such as lists or mixed values.
-    """
-    if not uri.endswith(".parquet"):
-        raise DataError(f"{uri} is not the name of a parquet file; end it in .parquet")
-    if frame.columns.empty:
-        raise DataError(f"parquet cannot keep the frame for {uri} (it has no column); give it one")
-    for name, column in frame.items():
-        if problem := _unlike_after_parquet(name, column):
-            raise DataError(f"parquet cannot keep the frame for {uri} ({name!r} {problem}); convert the column first")
-    try:
-        return bytes(frame.to_parquet())
-    except (TypeError, ValueError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"parquet cannot keep the frame for {uri} ({reason}); convert the column first") from error
-
-
-def _unlike_after_parquet(name: object, column: pd.Series) -> str:
-    """Say what of a column pandas would write without complaint and read back as something else."""
-    if not isinstance(name, str):
-        return "is a name that is no text"
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        return "holds categories"  # which a frame without rows would lose
-    kind = pd.api.types.infer_dtype(column, skipna=True) if column.dtype == object else "string"
-    return "" if kind in {"string", "empty"} else f"holds {kind} values as objects"
-
-
-def decode(body: bytes, uri: str) -> pd.DataFrame:
-    """Turn a parquet file into a frame; adds a clear error to pandas' own.
-
-    Args:
-        body: The file.
-        uri: Its name, for the message.
-
-    Raises:
-        DataError: The bytes are no parquet file.
-    """
-    try:
-        return pd.read_parquet(io.BytesIO(body))
-    except pyarrow.ArrowException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{uri} cannot be read ({reason}); write it again") from error
 
 
 def _digest(body: bytes) -> str:
@@ -220,39 +174,3 @@ def _default_client() -> S3Client:
 def _client_of(environment: tuple[str | None, ...]) -> S3Client:
     # Making a client takes longer than a small request, so one is kept until the environment names another platform.
     return s3_client()
-
-
-@contextmanager
-def s3_errors(uri: str) -> Iterator[None]:
-    """Turn boto3's errors into ours; those that mean nothing here pass unchanged.
-
-    Args:
-        uri: What is read or written, for the message.
-
-    Raises:
-        MissingObjectError: The bucket or the object is not there.
-        CredentialsError: The object store refuses the keys.
-        ServiceDownError: The object store does not answer, or fails.
-    """
-    try:
-        yield
-    except botocore.exceptions.ClientError as error:
-        code = error.response["Error"]["Code"]
-        if code in _REFUSED:
-            raise CredentialsError(
-                f"the object store refuses the credentials for {uri}; check AWS_ACCESS_KEY_ID, or run 'make env' again"
-            ) from error
-        if code == "NoSuchBucket":
-            bucket = uri.removeprefix("s3://").partition("/")[0]
-            raise MissingObjectError(f"{uri}: there is no bucket {bucket}; run 'make up', which makes it") from error
-        if code in _ABSENT:
-            raise MissingObjectError(f"{uri} is not there; run the notebook that writes it, or 'make run'") from error
-        if code in _FAILING:
-            raise ServiceDownError(f"the object store fails on {uri} ({code}); see 'make status'") from error
-        raise
-    except (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError) as error:
-        raise CredentialsError(f"no credentials for {uri}; call connect(), or run 'make env'") from error
-    except (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError) as error:
-        raise ServiceDownError(
-            f"the object store does not answer for {uri}; run 'make up', then 'make status'"
-        ) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -219,14 +219,18 @@ def read_state(state: Path) -> dict[str, str]:
     raise SettingsError(f"no platform was started here ({state / SETTINGS_FILE} is missing); run 'make up'")
 
 
-def read_settings(state: Path) -> Settings:
+def read_settings(state: Path, *, also: Iterable[str] = ()) -> Settings:
     """Read the settings of the embedded platform from its state folder.
+
+    Args:
+        state: The state folder.
+        also: Names of further variables that must be there.
 
     Raises:
         SettingsError: The file is missing or damaged, or an earlier version of this package wrote it.
     """
     environment = read_state(state)
-    if missing := missing_variables(environment):
+    if missing := [*missing_variables(environment), *(name for name in also if not environment.get(name))]:
         raise SettingsError(
             f"the platform was started by an earlier version ({', '.join(missing)} missing); "
             "run 'make down', then 'make up'"

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from mlplatform.settings import BUCKETS
 from mlplatform_ops.embedded.services import make_certificates
@@ -34,7 +35,16 @@ PUBLIC = (
     ("mlflow", "/static-files/"),
     ("mlflow", "/api/3.0/mlflow/server-info"),
     ("feature-server", "/health"),
+    ("model-endpoint", "/healthz"),
+    ("model-endpoint", "/readyz"),
+    ("model-endpoint", "/metrics"),
+    ("model-endpoint", "/docs.json"),
     ("feast-ui", "/"),
+)
+# In the form of a signed request, by the usual name, and with a signature that nobody made.
+_UNSIGNED = (
+    "AWS4-HMAC-SHA256 Credential=platform/20260101/us-east-1/s3/aws4_request, "
+    f"SignedHeaders=host;x-amz-date, Signature={'0' * 64}"
 )
 READS = ("GET", "HEAD", "OPTIONS")
 GRPC_METHODS = (
@@ -114,8 +124,64 @@ _PATHS = {
         "/HEALTH",
         "/static/../../settings.json",
     ),
+    "model-endpoint": (
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/docs.json",
+        "/predict",
+        "/predict_users",
+        "/",
+        "/schema.json",
+    ),
     "feast-ui": ("/", "/registry", "/../settings.json", "/api/v1/projects", "/push"),
 }
+# Of each service that speaks HTTP a path that anybody may read, and one that nobody may use.
+_DOORS = {
+    "object-store": ("/healthz", f"/{_BUCKET}/guarded.txt"),
+    "mlflow": ("/health", "/api/2.0/mlflow/experiments/search?max_results=10"),
+    "feature-server": ("/health", "/get-online-features"),
+    "model-endpoint": ("/healthz", "/predict"),
+    "feast-ui": ("/", "/push"),
+    "supervisor": ("/", "/RPC2"),
+}
+# Ways to write the second path so that a check may take it for the first one, or for none that it knows.
+_DISGUISES = (
+    "{open}/..{guarded}",
+    "{open}/../..{guarded}",
+    "{open}/%2e%2e{guarded}",
+    "{open}/%252e%252e{guarded}",
+    "{open}/..;{guarded}",
+    "{open}/..%2f{guarded}",
+    "{open}/..%5c{guarded}",
+    "{open}\\..{guarded}",
+    "{open};{guarded}",
+    "/{guarded}",
+    "//{guarded}",
+    "/.{guarded}",
+    "/%2e{guarded}",
+    "/;{guarded}",
+    "{guarded}/",
+    "{guarded}/.",
+    "{guarded}%2f",
+    "{guarded}%20",
+    "{guarded}%00{open}",
+    "{guarded};{open}",
+    "{guarded}%23{open}",
+    "{guarded}&_method=DELETE",
+    "http://localhost{open}/..{guarded}",
+)
+# Bodies that a server must neither trip over nor read to their end.
+_QUESTIONS = (
+    b"",
+    b"null",
+    b"[" * 100_000,
+    b'{"entities": null}',
+    b'{"entities": {"user_id": [null, [["x"]], {"x": 1}]}}',
+    b'{"entities": {"user_id": ["\\ud800"]}, "features": ["demographic:Sex"]}',
+    b'{"people": [{"Sex": null}]}',
+    b"x" * (3 * 2**20),
+)
 _TRICKS = (
     "/%2e%2e/%2e%2e/settings.json",
     "/..;/settings.json",
@@ -169,7 +235,7 @@ def attack(listeners: Sequence[Listener], authority: str, weed: Path) -> list[At
             tasks.append(_binding(_redis, listener))
             if listener.service == "object-store":
                 tasks.append(_binding(_grpc, listener, folder, authority.encode()))
-            if not listener.unix and listener.service in {"mlflow", "feature-server", "feast-ui"}:
+            if not listener.unix and listener.service in _DOORS:
                 tasks += [_binding(_bodies, listener), _binding(_hosts, listener)]
         tasks += [
             _binding(_weed_shell, listener, weed)
@@ -232,12 +298,16 @@ def _knock(listener: Listener, scheme: str, context: ssl.SSLContext | None) -> I
     requests: list[tuple[str, str, dict[str, str]]] = [
         ("GET", path, {}) for path in (*_PATHS.get(listener.service, ("/",)), *_TRICKS)
     ]
+    if listener.service in _DOORS:
+        opened, guarded = _DOORS[listener.service]
+        disguised = [disguise.format(open=opened.rstrip("/"), guarded=guarded) for disguise in _DISGUISES]
+        requests += [(method, path, {}) for path in disguised for method in ("GET", "POST")]
     written = f"/buckets/{_BUCKET}/planted.txt" if listener.service == "object-store" else "/planted.txt"
     requests += [(method, written, {}) for method in ("PUT", "POST", "DELETE", "PATCH")]
     requests += [(method, f"/{_BUCKET}/planted.txt", {}) for method in ("PUT", "POST", "DELETE")]
     override = {"X-HTTP-Method-Override": "DELETE", "X-Forwarded-For": "127.0.0.1", "X-Original-URL": "/health"}
     requests += [("POST", path, override) for path in _PATHS.get(listener.service, ())[:3]]
-    wrong = {"Authorization": "Bearer wrong"}, {"Authorization": "Basic YWRtaW46cGFzc3dvcmQxMjM0"}
+    wrong = [{"Authorization": said} for said in ("Bearer wrong", "Basic YWRtaW46cGFzc3dvcmQxMjM0", _UNSIGNED)]
     requests += [("GET", path, header) for path in _PATHS.get(listener.service, ())[:8] for header in wrong]
     answers: dict[str, list[str]] = {}
     wrongly: list[Attempt] = []
@@ -263,7 +333,7 @@ def _knock(listener: Listener, scheme: str, context: ssl.SSLContext | None) -> I
 
 
 def _public(service: str, method: str, path: str) -> bool:
-    if method not in READS or ".." in path:
+    if method not in READS or ".." in unquote(unquote(path)):
         return False
     # A redirect to a login page or to a path with a slash gives nothing away; the path that it names is tried too.
     return any(service == name and path.startswith(start) for name, start in PUBLIC)
@@ -343,18 +413,26 @@ def _grpc(listener: Listener, folder: Path, authority: bytes) -> Iterator[Attemp
 
 
 def _bodies(listener: Listener) -> Iterator[Attempt]:
-    """Send what must neither be unpacked nor waited for: a gzip bomb, two requests in one, 200 slow connections."""
+    """Send what must neither be unpacked nor waited for, nor break anything, where plain HTTP is spoken at all."""
+    opened, path = _DOORS[listener.service]
+    try:
+        if _request(listener, "GET", opened) >= 500:
+            return
+    except (OSError, http.client.HTTPException):
+        return
     bomb = zlib.compressobj(9, zlib.DEFLATED, 31)
     packed = b"".join(bomb.compress(b"\0" * 2**20) for _ in range(64)) + bomb.flush()
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
-    path = _PATHS[listener.service][4]
-    try:
-        status = str(_request(listener, "POST", path, body=packed, headers=headers))
-    except (OSError, http.client.HTTPException) as error:
-        status = _reason(error)
+    status = _status(listener, path, packed, headers)
     yield Attempt(listener.service, f"gzip bomb, 64 MiB, POST {path}", status, status[0] in "4c")
 
-    one = f"GET /health HTTP/1.1\r\nHost: {listener.address}\r\n\r\n".encode()
+    headers = {"Content-Type": "application/json"}
+    said = [_status(listener, path, question, headers) for question in _QUESTIONS]
+    counted = ", ".join(f"{status} ({said.count(status)})" for status in sorted(set(said)))
+    held = all(status[0] in "4c" for status in said)
+    yield Attempt(listener.service, f"POST {path} with {len(said)} bodies of wrong form or size", counted, held)
+
+    one = f"GET {opened} HTTP/1.1\r\nHost: {listener.address}\r\n\r\n".encode()
     two = f"DELETE {path} HTTP/1.1\r\nHost: {listener.address}\r\nConnection: close\r\n\r\n".encode()
     with contextlib.suppress(OSError), _connect(listener) as connection:
         connection.sendall(one + two)
@@ -371,23 +449,27 @@ def _bodies(listener: Listener) -> Iterator[Attempt]:
             connection.sendall(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n")
             slow.append(connection)
         try:
-            status = str(_request(listener, "GET", "/health"))
+            status = str(_request(listener, "GET", opened))
         except (OSError, http.client.HTTPException) as error:
             status = _reason(error)
     finally:
         for connection in slow:
             connection.close()
-    yield Attempt(listener.service, "GET /health beside 200 slow connections", status, status.isdigit())
+    yield Attempt(listener.service, f"GET {opened} beside 200 slow connections", status, status.isdigit())
+
+
+def _status(listener: Listener, path: str, body: bytes, headers: dict[str, str]) -> str:
+    try:
+        return str(_request(listener, "POST", path, body=body, headers=headers))
+    except (OSError, http.client.HTTPException) as error:
+        return _reason(error)
 
 
 def _hosts(listener: Listener) -> Iterator[Attempt]:
     """Ask in the name of a page elsewhere."""
-    path = _PATHS[listener.service][4]
+    _, path = _DOORS[listener.service]
     for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Host": "169.254.169.254"}):
-        try:
-            status = str(_request(listener, "POST", path, body=b"{}", headers=headers))
-        except (OSError, http.client.HTTPException) as error:
-            status = _reason(error)
+        status = _status(listener, path, b"{}", headers)
         said = ", ".join(f"{name}: {value}" for name, value in headers.items())
         yield Attempt(listener.service, f"POST {path} with {said}", status, status[0] in "4c")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from mlplatform.connection import check_services, connect, hasten_feast, limit_waiting
+from mlplatform.connection import UNSUPERVISED, check_services, connect, hasten_feast, limit_waiting
 from mlplatform.errors import NotebookError, PlatformError
 from mlplatform.settings import (
     CHAMPION,
@@ -112,8 +112,11 @@ def status() -> None:
     """Show each service, its state, URL and how long it runs."""
     from rich.table import Table
 
+    from mlplatform_ops.embedded.platform import NOT_SUPERVISED
+
     table = Table("service", "state", "url", "pid", "up for", "memory")
-    for service in _embedded().status():
+    services = _embedded().status()
+    for service in services:
         runs = service.pid > 0
         table.add_row(
             service.name,
@@ -124,6 +127,8 @@ def status() -> None:
             f"{service.memory_bytes / 2**20:.0f} MiB" if runs else "",
         )
     wide_console().print(table)
+    if any(service.state == NOT_SUPERVISED for service in services):
+        say(UNSUPERVISED)
 
 
 @app.command
@@ -142,12 +147,22 @@ def attack() -> int:
     from mlplatform_ops.attack import attack
 
     platform = _embedded()
+    listeners = platform.listeners()
+    silent = {service.name: service.state for service in platform.status() if service.state != "ready"}
     authority = (platform.state / "certificates" / "ca.crt").read_text()
-    attempts = attack(platform.listeners(), authority, Path(sys.executable).with_name("weed"))
+    attempts = attack(
+        [listener for listener in listeners if listener.service not in silent],
+        authority,
+        Path(sys.executable).with_name("weed"),
+    )
     table = Table("service", "what was tried", "answer", "holds")
     for attempt in attempts:
         table.add_row(attempt.service, attempt.door, attempt.answer, "yes" if attempt.held else "NO")
+    for name, state in silent.items():
+        table.add_row(name, "nothing", "not running" if state == "stopped" else state, "not tried")
     wide_console().print(table)
+    if silent:
+        say("what does not run was not tried; 'make serve', 'make serve-model' and 'make ui' start the rest")
     return int(not all(attempt.held for attempt in attempts))
 
 

@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,7 +213,8 @@ class TestLifecycle:
         own.down()
         database = own.state / "mlflow" / "mlflow.db"
         kept = database.read_bytes()
-        database.write_bytes(b"this is no database")
+        with closing(sqlite3.connect(database)) as opened, opened:
+            opened.execute("UPDATE alembic_version SET version_num = 'of a later release'")
         with pytest.raises(ServiceDownError, match=r"mlflow does not come up: .*; see .*logs/mlflow\.log"):
             own.up()
         own.down()

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from mlplatform.connection import check_services
+from mlplatform import features
+from mlplatform.connection import UNSUPERVISED, check_services, connect, s3_client
 from mlplatform.errors import PlatformError, ServiceDownError
+from mlplatform.settings import REGISTRY_BUCKET, STATE_VARIABLE
+from mlplatform_ops.cli import main
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
 from mlplatform_ops.embedded.services import SERVICES
 from mlplatform_ops.embedded.supervisor import OWNER_VARIABLE, processes_of
@@ -58,8 +61,20 @@ def test_each_service_is_one_process(own: EmbeddedPlatform) -> None:
     assert len(list(processes_of(own.state))) == len(CORE) + 1
 
 
-@pytest.mark.parametrize("service", CORE)
-def test_a_service_whose_process_is_killed_comes_back_by_itself(own: EmbeddedPlatform, service: str) -> None:
+@pytest.fixture
+def registered(own: EmbeddedPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feast's UI ends where nothing is registered."""
+    own.up()
+    for name, value in own.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    features.apply()
+
+
+@pytest.mark.parametrize("service", [service.name for service in SERVICES])
+def test_a_service_whose_process_is_killed_comes_back_by_itself(
+    own: EmbeddedPlatform, registered: None, service: str
+) -> None:
+    own.up(also=[service])
     wait_until_ready(own)
     before = {status.name: status.pid for status in own.status()}[service]
     psutil.Process(before).kill()
@@ -73,6 +88,34 @@ def test_a_service_whose_process_is_killed_comes_back_by_itself(own: EmbeddedPla
         time.sleep(0.2)
     report(f"{service}: back after {time.monotonic() - began:.1f} s")
     check_services(own.settings)
+    if service not in CORE:
+        own._supervisor.stop(service)
+
+
+def test_a_service_that_is_killed_again_and_again_while_it_starts_comes_back_all_the_same(
+    own: EmbeddedPlatform,
+) -> None:
+    wait_until_ready(own)
+    killed: set[int] = set()
+    deadline = time.monotonic() + BOUND_S
+    while len(killed) < 5:
+        pid = own._supervisor.entry("mlflow")["pid"]
+        if pid and pid not in killed:
+            psutil.Process(pid).kill()
+            killed.add(pid)
+        assert time.monotonic() < deadline, own._supervisor.entry("mlflow")["statename"]
+        time.sleep(0.05)
+    wait_until_ready(own)
+
+
+def test_up_gives_up_on_a_service_that_ends_twice_and_stops_trying_what_nobody_needs_yet(
+    own: EmbeddedPlatform,
+) -> None:
+    wait_until_ready(own)
+    s3_client(own.settings).delete_object(Bucket=REGISTRY_BUCKET, Key="registry.db")
+    with pytest.raises(ServiceDownError, match=r"feast-ui does not come up: error: there is no feature registry"):
+        own.up(also=["feast-ui"])
+    assert states(own)["feast-ui"] in {"stopped", "fatal"}
 
 
 @pytest.mark.parametrize("service", CORE)
@@ -170,6 +213,35 @@ def test_a_supervisor_that_hangs_is_named_and_down_ends_what_it_started(own: Emb
     assert list(processes_of(own.state)) == []
     own.up()
     check_services(own.settings)
+
+
+def test_services_that_run_on_without_a_killed_supervisor_are_said_to_and_up_starts_all_again(
+    own: EmbeddedPlatform, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wait_until_ready(own)
+    pids = {status.name: status.pid for status in own.status()}
+    killed = supervisor(own)
+    killed.kill()
+    killed.wait(10)
+    began = time.monotonic()
+    left = {status.name: status for status in own.status()}
+    assert {name: left[name].pid for name in CORE} == {name: pids[name] for name in CORE}
+    assert {left[name].state for name in CORE} == {"not supervised"}
+    assert {left[name].state for name in left if name not in CORE} == {"stopped"}
+    monkeypatch.setenv(STATE_VARIABLE, str(own.state))
+    assert main(["status"]) == 0
+    assert UNSUPERVISED in capsys.readouterr().err
+    # A cell goes on, and is told.
+    with pytest.warns(RuntimeWarning, match=r"the supervisor has ended .* run 'make up'"):
+        connect({STATE_VARIABLE: str(own.state)})
+    report(f"named by both within {time.monotonic() - began:.1f} s")
+    said: list[str] = []
+    own.up(notify=said.append)
+    report(f"all is supervised again after {time.monotonic() - began:.1f} s")
+    assert said[0] == "the supervisor had ended; what it left running is ended too and starts again"
+    wait_until_ready(own)
+    assert not {status.pid for status in own.status()} & set(pids.values()) - {0}
+    connect({STATE_VARIABLE: str(own.state)})
 
 
 @pytest.mark.parametrize("damage", ["", '{"environment": ', '{"environment": {"AWS_ENDPOINT_URL": 5}}', "\0\0"])

@@ -246,6 +246,34 @@ def test_no_user_and_no_text_are_refused(store):
         features.read_online(store, [None])
 
 
+IDS = [
+    "it's", 'say "x"', "nul\0nul", "two\nlines\r\n", "tab\t", " ", "", "..", "../../etc/passwd", "a/b", "a,b;c|d",
+    "%00%2e", "back\\slash", "\u202eright to left", "na\u00efve", "nai\u0308ve", "\U0001f600", "NaN", "None", "null",
+    "0", "1e3", "'); DROP TABLE users; --", "{user_id}", "*", "x" * 65_536,
+]  # fmt: skip
+
+
+def test_any_text_is_an_id_in_history_and_online(scratch: Scratch):
+    scratch.write(*((user, JANUARY, f"value {number}") for number, user in enumerate(IDS)))
+    store = features.apply(scratch.repo)
+    features.materialise(store, JANUARY, MARCH)
+    expected = [f"value {number}" for number in range(len(IDS))]
+    assert features.read_online(store, IDS)[[USER_ID, "found", "Sex"]].to_dict("list") == {
+        USER_ID: IDS,
+        "found": [True] * len(IDS),
+        "Sex": expected,
+    }
+    asked = features.point_in_time(store, pd.DataFrame({USER_ID: IDS, "event_timestamp": MARCH}))
+    assert asked[[USER_ID, "Sex"]].to_dict("list") == {USER_ID: IDS, "Sex": expected}
+
+
+def test_half_a_character_is_no_id(store):
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        features.read_online(store, ["\ud800"])
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        features.point_in_time(store, pd.DataFrame({USER_ID: ["\ud800"], "event_timestamp": [MARCH]}))
+
+
 ASKED = pd.DataFrame({USER_ID: [ANN], "event_timestamp": [MAY]})
 
 

@@ -12,7 +12,7 @@ import pytest
 from mlplatform import objectstore
 from mlplatform.connection import s3_client
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, ServiceDownError
-from mlplatform.settings import DATASETS_BUCKET, Settings
+from mlplatform.settings import BUCKETS, DATASETS_BUCKET, Settings
 
 FRAME = pd.DataFrame(
     {
@@ -63,6 +63,33 @@ def test_bytes_come_back_as_they_were_last_written(folder: str) -> None:
     uri = objectstore.write_bytes(b"first", f"{folder}/raw")
     assert objectstore.write_bytes(b"\x00\xff", uri) == uri
     assert objectstore.read_bytes(uri) == b"\x00\xff"
+
+
+NAMES = [
+    "a b", "a+b", "a%2fb", "%2e%2e", "a&b=c", "a?b", "a#b", "it's", 'say "x"', "back\\slash", "semi;colon",
+    "na\u00efve", "nai\u0308ve", "\U0001f600", "\u202eleft", "*", "~", "<&>", "a..b", "...", "-", "tab\tinside",
+    "two\nlines", "nul\0", "..", "../up", "a/../b", "a/./b", "a//b", "/a", "a/", "../../feature-registry/registry.db",
+    "\ud800", "x" * 255, "y" * 256, "z/" * 400 + "z", "\u00e9" * 600, "x/" * 600,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name[:30]))
+def test_a_name_is_kept_as_it_is_or_refused_in_one_line(folder: str, name: str) -> None:
+    uri, before = f"{folder}/{name}", {bucket: bucket_names(bucket) for bucket in BUCKETS}
+    try:
+        written = objectstore.write_bytes(b"body", uri)
+    except DataError as error:
+        refusal = str(error)
+        assert "\n" not in refusal
+        assert before == {bucket: bucket_names(bucket) for bucket in BUCKETS}
+        return
+    assert (written, objectstore.read_bytes(uri)) == (uri, b"body")
+    after = {bucket: bucket_names(bucket) for bucket in BUCKETS}
+    assert after == before | {DATASETS_BUCKET: before[DATASETS_BUCKET] | {uri}}
+
+
+def bucket_names(bucket: str) -> set[str]:
+    return set(objectstore.list_objects(f"s3://{bucket}")["uri"])
 
 
 def test_a_client_made_from_settings_needs_no_environment(

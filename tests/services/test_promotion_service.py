@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import sys
+import time
 from collections.abc import Iterator
 from multiprocessing.pool import Pool
 from pathlib import Path
@@ -15,12 +17,15 @@ import mlflow
 import pandas as pd
 import pytest
 from evaluations import log_evaluation
+from sklearn.base import BaseEstimator
 from sklearn.linear_model import LogisticRegression
+from sklearn.tree import DecisionTreeClassifier
+from xgboost import XGBClassifier
 
 from mlplatform import income, modeling, objectstore, registry, tracking
-from mlplatform.connection import s3_client
+from mlplatform.connection import connect, s3_client
 from mlplatform.errors import RegistryError, UntrustedModelError
-from mlplatform.promotion import lock, signing
+from mlplatform.promotion import evaluation, gate, lock, signing
 from mlplatform.promotion.alias import PENDING, PREVIOUS, ask_gate
 from mlplatform.settings import ARTIFACTS_BUCKET, Settings
 
@@ -96,6 +101,61 @@ def test_eight_processes_promote_at_once_and_the_best_becomes_champion(
     assert events[events["event"].str.startswith("promoted")]["version"].tolist() == chain
     assert holder(PREVIOUS, name) == (chain[-2] if len(chain) > 1 else None)
     assert not [entry for entry in versions if PENDING in entry.tags]
+
+
+# Seven trees, each better than the one before, and one model that leads all of them clearly, on every fold.
+CANDIDATES: dict[str, BaseEstimator] = {
+    **{
+        f"tree-{leaves}": DecisionTreeClassifier(max_leaf_nodes=leaves, random_state=0)
+        for leaves in (6, 8, 12, 16, 24, 40, 80)
+    },
+    "boosted": XGBClassifier(n_estimators=60, max_depth=4, n_jobs=1, random_state=0),
+}
+
+
+def train_and_promote(candidate: str, name: str) -> str:
+    """What one of eight people does at the same time: notebooks 2, 3 and 4 for a model of their own."""
+    connect()
+    mlflow.set_experiment(name)
+    frame, estimator = income.read_income(CSV), CANDIDATES[candidate]
+    train, test = income.split(frame, test_size=0.2, seed=42)
+    run = tracking.fit_and_log(candidate, estimator, tracking.write_datasets(train, test, frame))
+    scores = evaluation.fold_scores({candidate: estimator}, frame, folds=3, repeats=1, seed=42)
+    answers, truth = modeling.probabilities(run.model, test), modeling.labels(test)
+    evaluated = gate.Evaluation(
+        rows=len(test),
+        calibration_error=evaluation.calibration_error(truth, answers),
+        groups=evaluation.group_rates(test, answers).to_dict("records"),
+        folds=scores.attrs,
+        fold_auc=scores[candidate].tolist(),
+    )
+    with mlflow.start_run(run_id=run.run_id):
+        gate.log(evaluated)
+    registry.promote(registry.register(run.run_id, name=name), name=name)
+    return run.run_id
+
+
+def test_eight_people_train_evaluate_and_promote_at_once(pool: Pool, name: str) -> None:
+    """On one platform, with the whole table, into an experiment and a registered model that nobody has made before."""
+    began = time.monotonic()
+    run_ids = dict(
+        zip(CANDIDATES, pool.starmap(train_and_promote, [(each, name) for each in CANDIDATES], 1), strict=True)
+    )
+    sys.stderr.write(f"eight trainings at once took {time.monotonic() - began:.0f} s\n")
+    runs = mlflow.search_runs(experiment_names=[name], output_format="list")
+    assert {run.info.run_id: run.info.status for run in runs} == dict.fromkeys(run_ids.values(), "FINISHED")
+    for run in runs:
+        assert set(modeling.SCORES) <= run.data.metrics.keys()
+        assert [data.context for data in tracking.data_sets(run)] == list(tracking.CONTEXTS)
+    assert len({data.uri for run in runs for data in tracking.data_sets(run)}) == len(tracking.CONTEXTS)
+    versions = [
+        mlflow.MlflowClient().get_model_version(name, entry.version)
+        for entry in mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
+    ]
+    assert sorted(entry.run_id for entry in versions) == sorted(run_ids.values())
+    assert [entry.run_id for entry in versions if registry.CHAMPION in entry.aliases] == [run_ids["boosted"]]
+    frame = income.read_income(CSV).head(100)
+    assert len(modeling.probabilities(registry.load_model(name=name), frame)) == 100
 
 
 @pytest.mark.parametrize("dies_before", ["set_registered_model_alias", "delete_model_version_tag"])

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import nbformat
@@ -17,6 +16,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from shop import describe_table
+from small_disk import Disk, small_disk
 
 from mlplatform.settings import Settings
 from mlplatform_ops.embedded import after_run
@@ -56,9 +56,9 @@ def start(clone: Path, embedded: EmbeddedPlatform, platform: Settings, tmp_path:
     started = []
     (tmp_path / "tmp").mkdir()
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
+    def start(*arguments: str, within: Sequence[str] = ()) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlplatform_ops", "run", *arguments],
+            [*within, sys.executable, "-m", "mlplatform_ops", "run", *arguments],
             cwd=clone,
             env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
             stdout=subprocess.PIPE,
@@ -165,28 +165,32 @@ def test_only_a_complete_run_that_succeeded_keeps_its_state_for_reset(
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one MiB, which only root can make."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if os.getuid() != 0 or not Path("/bin/mount").exists():
-        pytest.fail("a full disk needs root and mount, as in CI")
-    subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
-    yield folder
-    subprocess.run(["/bin/umount", "--lazy", folder], check=True)
+def small(tmp_path: Path) -> Iterator[Disk]:
+    """A file system of one MiB for the output folder."""
+    with small_disk(tmp_path / "small", size="1m") as made:
+        yield made
 
 
-def test_a_full_output_folder_is_named_and_an_earlier_copy_stays(clone: Path, start: Start, small: Path) -> None:
+def test_a_full_output_folder_is_named_and_an_earlier_copy_stays(clone: Path, start: Start, small: Disk) -> None:
     write(clone, "01_writes", "print('kept')")
-    assert start("--output", str(small)).wait(BOUND_S) == 0
-    kept = (small / "01_writes.ipynb").read_text()
-    with (small / "fill").open("wb", buffering=0) as fill, suppress(OSError):
-        while True:
-            fill.write(b"x" * 4096)
-    output, _ = (run := start("--output", str(small), "--fresh")).communicate(timeout=BOUND_S)
-    assert run.returncode == 1
-    assert f"cannot write to {small}: No space left on device" in output
+
+    def run(*options: str) -> tuple[int, str]:
+        # From within the namespace, the servers' processes can't be looked at.
+        options = ("--platform", "env", *options)
+        process = start("--output", str(small.folder), *options, within=small.enter(clone))
+        output, _ = process.communicate(timeout=BOUND_S)
+        return process.returncode, output
+
+    code, output = run()
+    assert code == 0, output
+    kept = small.read("01_writes.ipynb")
+    assert '"kept' in kept
+    small.fill()
+    code, output = run("--fresh")
+    assert code == 1
+    assert f"cannot write to {small.folder}: No space left on device" in output
     assert "Traceback" not in output
-    assert (small / "01_writes.ipynb").read_text() == kept
-    (small / "fill").unlink()
-    assert start("--output", str(small), "--fresh").wait(BOUND_S) == 0
+    assert small.read("01_writes.ipynb") == kept
+    small.free()
+    code, output = run("--fresh")
+    assert code == 0, output

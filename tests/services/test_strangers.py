@@ -16,9 +16,12 @@ from typing import Any
 import boto3
 import pytest
 
+from mlplatform import features
 from mlplatform.settings import BUCKETS, Settings
 from mlplatform_ops import attack
+from mlplatform_ops.cli import main
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
+from mlplatform_ops.embedded.services import SERVICES
 from mlplatform_ops.ports import Listener
 
 ROOT = Path(__file__).parents[2]
@@ -35,8 +38,21 @@ def guarded(platform: Settings) -> Iterator[Any]:
     stored.delete()
 
 
+ON_DEMAND = [service.name for service in SERVICES if service.on_demand]
+
+
 @pytest.fixture(scope="module")
-def answer(guarded: Any, embedded: EmbeddedPlatform) -> dict[str, Any]:
+def everything(guarded: Any, embedded: EmbeddedPlatform) -> Iterator[EmbeddedPlatform]:
+    """The platform with every server that there is."""
+    features.apply()
+    embedded.up(also=ON_DEMAND)
+    yield embedded
+    for name in ON_DEMAND:
+        embedded._supervisor.stop(name)
+
+
+@pytest.fixture(scope="module")
+def answer(everything: EmbeddedPlatform) -> dict[str, Any]:
     """What a stranger found out. As root, as in CI, it is another user; else this one, without credentials."""
     with tempfile.TemporaryDirectory(prefix="stranger-") as name:
         Path(name).chmod(0o755)
@@ -44,10 +60,10 @@ def answer(guarded: Any, embedded: EmbeddedPlatform) -> dict[str, Any]:
         weed.chmod(0o755)
         built = [path for path in (ROOT / "build",) if path.exists()]
         question = {
-            "listeners": [asdict(entry) for entry in embedded.listeners()],
-            "authority": (embedded.state / "certificates" / "ca.crt").read_text(),
+            "listeners": [asdict(entry) for entry in everything.listeners()],
+            "authority": (everything.state / "certificates" / "ca.crt").read_text(),
             "weed": str(weed),
-            "files": [str(path) for path in (embedded.state, *embedded.state.rglob("*"), *built)],
+            "files": [str(path) for path in (everything.state, *everything.state.rglob("*"), *built)],
         }
         child = subprocess.run(
             [sys.executable, Path(__file__).parents[1] / "support" / "stranger.py"],
@@ -63,7 +79,7 @@ def answer(guarded: Any, embedded: EmbeddedPlatform) -> dict[str, Any]:
 def test_a_stranger_lists_reads_writes_and_mints_nothing_on_any_socket(answer: dict[str, Any], guarded: Any) -> None:
     assert [entry for entry in answer["attempts"] if not entry["held"]] == []
     services = {entry["service"] for entry in answer["attempts"]}
-    assert services >= {"object-store", "online-store", "mlflow", "supervisor"}
+    assert services == {service.name for service in SERVICES} | {"supervisor"}
     assert len(answer["listeners"]) >= 15
     assert len(answer["attempts"]) >= 100
     assert guarded.get()["Body"].read() == b"guarded"
@@ -71,16 +87,37 @@ def test_a_stranger_lists_reads_writes_and_mints_nothing_on_any_socket(answer: d
     assert [entry.key for entry in bucket.objects.filter(Prefix="planted")] == []
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes another user; the permissions are tested beside this")
 def test_a_stranger_reads_no_file_of_the_platform(answer: dict[str, Any]) -> None:
+    assert answer["uid"] != 0
+    assert answer["readable"] == []
+
+
+def test_files_and_folders_of_the_platform_are_open_to_their_owner_alone(answer: dict[str, Any]) -> None:
     assert len(answer["files"]) >= 20
-    if os.getuid() == 0:
-        assert answer["uid"] != 0
-        assert answer["readable"] == []
     for name in answer["files"]:
         path = Path(name)
         # SeaweedFS opens some of its files to readers; the folders around them are closed.
         if path.is_dir() or (path.is_file() and path.parent.name in {"state", "logs"}):
             assert path.stat().st_mode & 0o077 == 0, f"{path} is not its owner's alone"
+
+
+def test_make_attack_says_what_it_did_not_try(
+    everything: EmbeddedPlatform,
+    answer: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    everything._supervisor.stop("feast-ui")
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["attack"]) == 0
+    said = capsys.readouterr()
+    rows = [[cell.strip() for cell in line.split("│")] for line in said.out.splitlines()]
+    by_service = {name: [row for row in rows if name in row] for name in (*ON_DEMAND, "mlflow")}
+    assert [row for row in by_service["feast-ui"][0] if row] == ["feast-ui", "nothing", "not running", "not tried"]
+    assert len(by_service["feast-ui"]) == 1
+    assert all(len(by_service[name]) > 5 for name in ("feature-server", "model-endpoint", "mlflow"))
+    assert "what does not run was not tried; 'make serve'" in said.err
 
 
 def test_whoever_has_the_certificate_gets_in_by_the_same_attempts(embedded: EmbeddedPlatform, guarded: Any) -> None:

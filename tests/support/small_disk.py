@@ -19,15 +19,14 @@ class Disk:
     holder: int
     folder: Path
 
-    @property
-    def enter(self) -> list[str]:
-        """What a command begins with that is to see it."""
+    def enter(self, folder: Path) -> list[str]:
+        """What a command begins with that is to see it and to run in a folder."""
         options = ["--user", "--mount", "--preserve-credentials"]
-        return ["/usr/bin/env", "nsenter", f"--target={self.holder}", *options, f"--wd={Path.cwd()}"]
+        return ["/usr/bin/env", "nsenter", f"--target={self.holder}", *options, f"--wd={folder}"]
 
     def run(self, *command: str, **environ: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*self.enter, *command],
+            [*self.enter(Path.cwd()), *command],
             env={name: os.environ.get(name, "") for name in ("PATH", "HOME", "PYTHONPATH")} | environ,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=BOUND_S, check=False,
         )  # fmt: skip
@@ -53,7 +52,7 @@ def small_disk(folder: Path, *, size: str) -> Iterator[Disk]:
         try:
             assert holder.stdout
             said = holder.stdout.readline().strip()
-            assert said == "made", f"a small file system needs user namespaces, or root: {said}"
+            assert said == "made", f"a small file system needs user namespaces: {said}"
             yield Disk(holder.pid, folder)
         finally:
             holder.kill()

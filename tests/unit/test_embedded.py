@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import io
 import socket
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
 
-from mlplatform.errors import PortTakenError, SettingsError
+from mlplatform.errors import DataError, PortTakenError, SettingsError
 from mlplatform_ops.embedded import services
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
 from mlplatform_ops.embedded.services import INNER_PORTS, SERVICES, choose_ports
@@ -117,3 +119,51 @@ def test_up_waits_until_the_object_store_reads_what_it_holds(
     assert set(asked) == {"full"}
     assert len(asked) == failures + 1 or complaints
     assert len(said) == complaints
+
+
+@pytest.fixture
+def databases(tmp_path: Path) -> Path:
+    """A folder with two sound databases of some pages each."""
+    for name in services.DATABASES:
+        with closing(sqlite3.connect(tmp_path / name)) as made, made:
+            made.execute("CREATE TABLE kept (number INTEGER, word TEXT)")
+            made.executemany("INSERT INTO kept VALUES (?, ?)", [(number, "word" * 50) for number in range(500)])
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", services.DATABASES)
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda body: body[: len(body) // 2], "malformed|btree|database disk image"),
+        (lambda body: b"", "it is empty"),
+        (lambda body: b"this is no database", "file is not a database"),
+        (lambda body: body[:8192] + bytes(4096) + body[12288:], r"btree|Tree|malformed"),
+    ],
+    ids=["cut in half", "empty", "foreign", "a page of zeros"],
+)
+def test_a_damaged_database_is_named_with_what_to_type_and_left_alone(
+    databases: Path, name: str, damage: Callable[[bytes], bytes], said: str
+) -> None:
+    path = databases / name
+    damaged = damage(path.read_bytes())
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=said) as caught:
+        services.check_databases(databases)
+    assert f"cp FOLDER/databases/{name} {path}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == damaged
+
+
+def test_sound_databases_and_those_of_a_first_start_pass(databases: Path, tmp_path: Path) -> None:
+    services.check_databases(databases)
+    (databases / "basic_auth.db").unlink()
+    services.check_databases(databases)
+    (databases / "mlflow.db").write_bytes(b"")
+    services.check_databases(databases)
+
+
+def test_a_database_that_somebody_writes_to_is_not_called_damaged(databases: Path) -> None:
+    with closing(sqlite3.connect(databases / "mlflow.db", isolation_level=None)) as writer:
+        writer.execute("BEGIN EXCLUSIVE")
+        services.check_databases(databases)

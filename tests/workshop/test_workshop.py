@@ -22,7 +22,8 @@ import requests
 import websocket
 from botocore.exceptions import ClientError
 
-from mlplatform.settings import BUCKETS, CHAMPION, MODEL_NAME, Settings, read_settings
+from mlplatform.registry import MODEL_NAME
+from mlplatform.settings import BUCKETS, CHAMPION, Settings, read_settings
 from mlplatform_ops import mlflow_rest, workshop
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
 from mlplatform_ops.embedded.supervisor import processes_of

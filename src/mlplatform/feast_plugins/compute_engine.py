@@ -24,6 +24,7 @@ from feast.type_map import python_values_to_proto_values
 from feast.utils import _build_entity_keys, _columns_to_proto_values, _get_column_names, _validate_vector_field_lengths
 from pydantic import StrictStr
 
+from mlplatform.errors import DataError
 from mlplatform.feast_plugins import distributed
 from mlplatform.feast_plugins.offline_store import S3DuckDBOfflineStore
 from mlplatform.feast_plugins.online_hashes import HashNames
@@ -76,6 +77,12 @@ class PipelinedComputeEngine(LocalComputeEngine):
     def _materialize_one(
         self, registry: BaseRegistry, task: MaterializationTask, **kwargs: Any
     ) -> LocalMaterializationJob:
+        if task.start_time > task.end_time:
+            # Feast's incremental load begins where the last one ended, and would write nothing, in silence.
+            raise DataError(
+                f"{task.feature_view.name} was loaded up to {task.start_time:%Y-%m-%d %H:%M} UTC, which is after "
+                f"{task.end_time:%Y-%m-%d %H:%M}: is this machine's clock right? name both ends: 'feast materialize'"
+            )
         if not is_plain(task.feature_view, self.repo_config, self.offline_store, self.online_store):
             return super()._materialize_one(registry, task, **kwargs)
         job_id = f"{task.feature_view.name}-{task.start_time}-{task.end_time}"

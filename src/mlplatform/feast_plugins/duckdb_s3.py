@@ -14,7 +14,7 @@ import duckdb
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, ServiceDownError
 from mlplatform.settings import S3_ANSWER_TIMEOUT_S, S3_ATTEMPTS
 
-_NEXT = "write it, or check the source's path"
+_NEXT = "write it ('make features' writes the platform's own), or check the source's path"
 
 
 @contextmanager

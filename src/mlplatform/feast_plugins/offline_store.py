@@ -312,7 +312,12 @@ def _entity_table(entity_df: pd.DataFrame, views: Sequence[Lookup]) -> pa.Table:
             f"the entity frame has columns named like features ({', '.join(doubled)}); "
             "drop them, or ask with full_feature_names=True"
         )
-    return pa.Table.from_pandas(entity_df, preserve_index=False)
+    try:
+        return pa.Table.from_pandas(entity_df, preserve_index=False)
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the entity frame holds {error.object[:60]!a}, with half of a surrogate pair; correct it"
+        ) from error
 
 
 def _range_frame(views: Sequence[Lookup], start: datetime | None, end: datetime | None) -> pd.DataFrame:

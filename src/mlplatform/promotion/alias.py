@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import mlflow
+import requests
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from mlplatform import table
-from mlplatform.errors import RegistryError, credentials_refused, service_down
+from mlplatform.errors import MissingObjectError, RegistryError, ServiceDownError, credentials_refused, service_down
 from mlplatform.promotion import gate, lock, signing
 from mlplatform.settings import CHAMPION
 
@@ -164,9 +165,22 @@ def mlflow_errors() -> Iterator[None]:
         status = error.get_http_status_code()  # type: ignore[no-untyped-call]
         if status in {401, 403}:
             raise credentials_refused("MLflow server", mlflow.get_tracking_uri(), "MLFLOW_TRACKING_USERNAME") from error
+        if "(sqlite3.DatabaseError)" in reason:  # the database is damaged; a locked one has another name
+            raise ServiceDownError(
+                f"the MLflow server at {mlflow.get_tracking_uri()} cannot read its database; run 'make up', which says "
+                "what to do"
+            ) from error
         if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
             said = reason.removeprefix(f"{error.error_code}: ")
             raise RegistryError(f"{said}; correct it, or run notebook 02_train_models") from error
         if "Max retries exceeded" in reason or status in {502, 503, 504}:
             raise service_down("MLflow server", mlflow.get_tracking_uri()) from error
         raise
+    except requests.HTTPError as error:
+        # Artifacts pass through MLflow's server, whose client does not translate what is said about them.
+        if error.response is None or error.response.status_code != 404:
+            raise
+        raise MissingObjectError(
+            f"the object store has not got what the MLflow server at {mlflow.get_tracking_uri()} keeps there; "
+            "run 'make up', then put a backup back, or train again"
+        ) from error

@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from mlplatform_ops.embedded.services import (
     Service,
     addresses,
     auth_config,
+    check_databases,
     choose_ports,
     growth_config,
     grpc_sockets,
@@ -68,6 +69,9 @@ LEAST_FREE_BYTES = 2**20
 # A service that has run for longer than a start takes must answer soon.
 STARTED_AFTER_S = 60
 HANG_TIMEOUT_S = 5.0
+# One that ends so often while `up` waits does not come up; the supervisor goes on trying for minutes.
+ENDS = 2
+NOT_SUPERVISED = "not supervised"
 # Longer than another platform's start, during which it keeps the lock.
 LOCK_TIMEOUT_S = START_TIMEOUT_S + 60
 
@@ -78,8 +82,8 @@ class ServiceStatus:
 
     Attributes:
         name: The service's name.
-        state: `ready` when it answers, `does not answer` when it runs and should, else the supervisor's word, such as
-            `starting`.
+        state: `ready` when it answers, `does not answer` when it runs and should, `not supervised` when its supervisor
+            has ended and left it running, else the supervisor's word, such as `starting`.
         url: Where it listens.
         pid: Its process id, 0 when it does not run.
         uptime_s: Seconds since it started, 0 when it does not run.
@@ -120,6 +124,7 @@ class EmbeddedPlatform:
             SettingsError: The state folder cannot be written, or a port variable holds no port.
             PortTakenError: A port that the user set is in use.
             ServiceDownError: A service does not come up; the message names its log. Or no space is left.
+            DataError: A database is damaged.
         """
         services = [service for service in SERVICES if not service.on_demand or service.name in also]
         with _one_at_a_time(notify):
@@ -127,13 +132,15 @@ class EmbeddedPlatform:
             if not self.running():
                 # Read before anything is ended.
                 previous = self._previous(notify)
-                self._end_processes()
+                if self._end_processes():
+                    notify("the supervisor had ended; what it left running is ended too and starts again")
+                check_databases(self.state / "mlflow")
                 environment = self._variables(self._configure(previous, notify))
                 self._supervisor.launch(environment, programs(read_users(self.state)))
             for service in services:
                 self._supervisor.start(service.name)
             self._wait(services, notify)
-            make_buckets(self.settings, read_users(self.state))
+            make_buckets(self.settings, read_users(self.state), notify=notify)
             wait_for_objects(self.settings, notify=notify)
         return self.settings
 
@@ -222,11 +229,33 @@ class EmbeddedPlatform:
             ServiceDownError: The supervisor runs, and does not answer within seconds.
         """
         settings = self.settings
-        entries = self._supervisor.entries() if self.running() else {}
+        if not self.running():
+            return self._left_running()
+        entries = self._supervisor.entries()
         # Side by side: each that hangs takes the time limit of its probe.
         with ThreadPoolExecutor(len(SERVICES)) as pool:
             asked = [pool.submit(self._status_of, entry, settings, entries.get(entry.name)) for entry in SERVICES]
             return [status.result() for status in asked]
+
+    def _left_running(self) -> list[ServiceStatus]:
+        """Look for services without a supervisor: when it was killed, they run on, and nobody starts them again."""
+        left: dict[int, psutil.Process] = {}
+        for process in processes_of(self.state):
+            with suppress(psutil.Error):
+                listening = (entry for entry in process.net_connections("tcp4") if entry.status == psutil.CONN_LISTEN)
+                left |= {entry.laddr.port: process for entry in listening}
+        found = []
+        for service in SERVICES:
+            status = ServiceStatus(service.name, "stopped", self._url(service))
+            with suppress(psutil.Error, KeyError):
+                process = left[int(self._environment()[service.variable])]
+                with process.oneshot():
+                    uptime_s, memory_bytes = time.time() - process.create_time(), process.memory_info().rss
+                status = replace(
+                    status, state=NOT_SUPERVISED, pid=process.pid, uptime_s=int(uptime_s), memory_bytes=memory_bytes
+                )
+            found.append(status)
+        return found
 
     def _status_of(self, service: Service, settings: Settings, entry: Mapping[str, Any] | None) -> ServiceStatus:
         url = self._url(service)
@@ -266,17 +295,17 @@ class EmbeddedPlatform:
     @property
     def settings(self) -> Settings:
         """The settings under which notebooks and tools reach this platform."""
-        return read_settings(self.state)
+        return read_settings(self.state, also=[service.variable for service in SERVICES])
 
     def _environment(self) -> dict[str, str]:
         return read_state(self.state)
 
     def _previous(self, notify: Notify) -> dict[str, str]:
-        """Read the variables of the last start; those of damaged settings come from what the servers read."""
+        """Read the variables of the last start; those of damaged or older settings come from what the servers read."""
+        recovered = recover_secrets(self.state)
         try:
-            return self._environment()
+            return recovered | self._environment()
         except SettingsError as error:
-            recovered = recover_secrets(self.state)
             if recovered:
                 damage = error.args[0].partition(";")[0]
                 notify(f"{damage}; made again, with {', '.join(recovered)} as the servers know them")
@@ -339,6 +368,7 @@ class EmbeddedPlatform:
     def _wait(self, services: list[Service], notify: Notify) -> None:
         settings = self.settings
         waiting = {service.name: service for service in services}
+        ends: dict[str, set[int]] = {name: set() for name in waiting}
         began = time.monotonic()
         said = began
         while waiting:
@@ -350,7 +380,14 @@ class EmbeddedPlatform:
                 waited = time.monotonic() - began
                 entry = self._supervisor.entry(service.name)
                 log = self._log(service)
-                if entry["statename"] in {"FATAL", "EXITED", "UNKNOWN"} or waited > START_TIMEOUT_S:
+                if entry["statename"] != "STARTING":
+                    self.check_space()
+                    check_databases(self.state / "mlflow")
+                ends[service.name].add(entry["stop"])  # the first one was before this start
+                over = entry["statename"] in {"FATAL", "EXITED", "UNKNOWN"} or len(ends[service.name]) > ENDS
+                if over or waited > START_TIMEOUT_S:
+                    if service.on_demand:
+                        self._supervisor.stop(service.name)  # or it would be started again and again
                     raise ServiceDownError(f"{service.name} does not come up: {_last_line(log)}; see {log}")
                 if waited > HANG_TIMEOUT_S and entry["now"] - entry["start"] > STARTED_AFTER_S:
                     raise ServiceDownError(

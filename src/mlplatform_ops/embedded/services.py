@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 
 from mlplatform.connection import probe_mlflow, probe_object_store, probe_online_store, s3_client
+from mlplatform.errors import DataError
 from mlplatform.settings import (
     BUCKETS,
     CONNECT_TIMEOUT_S,
@@ -69,6 +71,7 @@ FILES = (
     "s3.sock",
     "filer.sock",
 )
+DATABASES = ("mlflow.db", "basic_auth.db")  # MLflow's, in its folder
 CONTENTS = (*FOLDERS, *FILES, SETTINGS_FILE, SETTINGS_COPY, "after-run")
 CERTIFICATE_YEARS = 10
 # With which MLflow keeps users apart. A route of its API for which it has no rule is then closed too.
@@ -173,13 +176,24 @@ def security_config() -> str:
     return "\n".join(sections)
 
 
-def make_buckets(settings: Settings, users: Sequence[User] = ()) -> None:
-    """Make the buckets that are not there yet, the users' too."""
+def make_buckets(settings: Settings, users: Sequence[User] = (), *, notify: Notify = lambda _: None) -> None:
+    """Make the buckets that are not there yet, the users' too.
+
+    Args:
+        settings: The platform, whose object store answers.
+        users: Who shares it.
+        notify: Called with a line for each bucket that somebody has deleted.
+    """
     client = s3_client(settings)
     present = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
     for bucket in (f"{prefix}{name}" for prefix in ("", *(user.prefix for user in users)) for name in BUCKETS):
         if bucket not in present:
             client.create_bucket(Bucket=bucket)
+            if present and bucket in BUCKETS:  # those of new users were never there
+                notify(
+                    f"the bucket {bucket} was gone and is made again, empty; put a backup back "
+                    "('python -m mlplatform_ops backup restore FOLDER'), or run 'make run FRESH=1'"
+                )
 
 
 def wait_for_objects(settings: Settings, *, patience_s: float = 15.0, notify: Notify = lambda _: None) -> None:
@@ -252,6 +266,37 @@ def _kept_port(previous: Mapping[str, str], variable: str) -> int:
     """Give the port of the last start; 0 when there is none, or settings hold something else in its place."""
     value = previous.get(variable, "")
     return int(value) if value.isdecimal() and 0 < int(value) <= LAST_PORT else 0
+
+
+def check_databases(folder: Path) -> None:
+    """Make sure that MLflow can read its databases: it fails on a damaged one slowly, and fills an empty one anew.
+
+    Args:
+        folder: Where they are; one that is missing will be made. As any reader does, this undoes what a killed writer
+            left half done.
+
+    Raises:
+        DataError: One is empty, cut off, or no database. It is left as it is.
+    """
+    paths = [folder / name for name in DATABASES if (folder / name).is_file()]
+    if not any(path.stat().st_size for path in paths):
+        return  # A first start was ended before it wrote anything.
+    for path in paths:
+        said = "it is empty"
+        if path.stat().st_size:
+            try:
+                with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=1)) as opened:
+                    said = str(opened.execute("PRAGMA quick_check(1)").fetchone()[0])
+            except sqlite3.OperationalError:
+                continue  # Somebody writes to it at this moment, and so can read it.
+            except sqlite3.DatabaseError as error:
+                said = str(error)
+        if said != "ok":
+            raise DataError(
+                f"the database {path} is damaged ({' '.join(said.split())}) and was left as it is; run 'make down', "
+                f"put a backup's copy in its place (cp FOLDER/databases/{path.name} {path}) or move it away to begin "
+                "with an empty one, then run 'make up'"
+            )
 
 
 def recover_secrets(state: Path) -> dict[str, str]:

@@ -1,0 +1,66 @@
+"""The object store's refusals and silences as errors of ours, each with what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import botocore.exceptions
+
+from mlplatform.connection import date_of
+from mlplatform.errors import (
+    CLOCK_CODES,
+    CredentialsError,
+    DataError,
+    MissingObjectError,
+    ServiceDownError,
+    clocks_differ,
+)
+
+_REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403"}
+_ABSENT = {"NoSuchKey", "404"}
+_FAILING = {"InternalError", "ServiceUnavailable", "SlowDown", "500", "502", "503", "504"}
+
+
+@contextmanager
+def s3_errors(uri: str) -> Iterator[None]:
+    """Turn boto3's errors into ours; those that mean nothing here pass unchanged.
+
+    Args:
+        uri: What is read or written, for the message.
+
+    Raises:
+        DataError: The name is longer than the store allows, such as 255 bytes between two slashes.
+        MissingObjectError: The bucket or the object is not there.
+        CredentialsError: The object store refuses the keys.
+        ServiceDownError: The object store does not answer, or fails.
+    """
+    try:
+        yield
+    except botocore.exceptions.ClientError as error:
+        code = error.response["Error"]["Code"]
+        if code in CLOCK_CODES:
+            raise clocks_differ(uri, date_of(error)) from error
+        if code in _REFUSED:
+            raise CredentialsError(
+                f"the object store refuses the credentials for {uri}; check AWS_ACCESS_KEY_ID, or run 'make env' again"
+            ) from error
+        if code == "NoSuchBucket":
+            bucket = uri.removeprefix("s3://").partition("/")[0]
+            raise MissingObjectError(f"{uri}: there is no bucket {bucket}; run 'make up', which makes it") from error
+        if code == "KeyTooLongError":
+            raise DataError(f"the object store refuses {uri[:60]}... as too long a name; shorten it") from error
+        if code in _ABSENT:
+            raise MissingObjectError(f"{uri} is not there; run the notebook that writes it, or 'make run'") from error
+        if code in _FAILING:
+            # SeaweedFS and MinIO say no more than this of a disk that is full.
+            raise ServiceDownError(
+                f"the object store fails on {uri} ({code}): no space left, if its disk is full; see 'make status'"
+            ) from error
+        raise
+    except (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError) as error:
+        raise CredentialsError(f"no credentials for {uri}; call connect(), or run 'make env'") from error
+    except (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError) as error:
+        raise ServiceDownError(
+            f"the object store does not answer for {uri}; run 'make up', then 'make status'"
+        ) from error
