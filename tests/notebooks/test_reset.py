@@ -13,7 +13,8 @@ import redis
 from mlflow import MlflowClient
 
 from mlplatform.connection import s3_client
-from mlplatform.settings import CHAMPION, DATASETS_BUCKET, FEATURES_BUCKET, MODEL_NAME, REGISTRY_BUCKET, Settings
+from mlplatform.registry import MODEL_NAME
+from mlplatform.settings import CHAMPION, DATASETS_BUCKET, FEATURES_BUCKET, REGISTRY_BUCKET, Settings
 from mlplatform_ops.cli import main
 from mlplatform_ops.embedded import after_run
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
