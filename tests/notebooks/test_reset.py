@@ -12,8 +12,8 @@ import pytest
 import redis
 from mlflow import MlflowClient
 
+from mlplatform import table
 from mlplatform.connection import s3_client
-from mlplatform.registry import MODEL_NAME
 from mlplatform.settings import CHAMPION, DATASETS_BUCKET, FEATURES_BUCKET, REGISTRY_BUCKET, Settings
 from mlplatform_ops.cli import main
 from mlplatform_ops.embedded import after_run
@@ -81,9 +81,9 @@ def change_everything(settings: Settings) -> None:
     with mlflow.start_run():
         mlflow.log_metric("answer", 42)
         mlflow.log_text("mine", "note.txt")
-    champion = client.get_model_version_by_alias(MODEL_NAME, CHAMPION)
-    version = mlflow.register_model(champion.source, MODEL_NAME)
-    client.set_registered_model_alias(MODEL_NAME, CHAMPION, version.version)
+    champion = client.get_model_version_by_alias(table.current().model, CHAMPION)
+    version = mlflow.register_model(champion.source, table.current().model)
+    client.set_registered_model_alias(table.current().model, CHAMPION, version.version)
     client.create_registered_model("another-model")
 
     def first(bucket: str) -> str:

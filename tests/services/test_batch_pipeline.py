@@ -20,7 +20,7 @@ import pytest
 import yaml
 from xgboost import XGBClassifier
 
-from mlplatform import income, objectstore, registry, tracking
+from mlplatform import income, objectstore, registry, table, tracking
 from mlplatform.errors import (
     CredentialsError,
     DataError,
@@ -111,14 +111,14 @@ def test_a_champion_that_nobody_signed_scores_no_batch(platform: Settings) -> No
     run = tracking.fit_and_log("unsigned", XGBClassifier(n_estimators=2), tracking.write_datasets(frame, frame, frame))
     client, alias = mlflow.MlflowClient(), f"test-{uuid4()}"
     version = registry.register(run.run_id)
-    client.set_registered_model_alias(registry.MODEL_NAME, alias, str(version))
+    client.set_registered_model_alias(table.current().model, alias, str(version))
     features = frame.assign(user_id=[str(uuid4()) for _ in range(len(frame))], event_timestamp=MOMENT)
     uri = objectstore.write_frame(features, f"s3://mlflow-datasets/test-{uuid4()}/features.parquet")
     try:
         with pytest.raises(UntrustedModelError, match=f"version {version} is not signed; train it with"):
             steps.score(uri, alias, str(version), 0, 1)
     finally:
-        client.delete_model_version(registry.MODEL_NAME, str(version))
+        client.delete_model_version(table.current().model, str(version))
 
 
 def test_parts_that_are_not_everybody_are_refused(platform: Settings) -> None:

@@ -22,7 +22,7 @@ import requests
 import websocket
 from botocore.exceptions import ClientError
 
-from mlplatform.registry import MODEL_NAME
+from mlplatform import table
 from mlplatform.settings import BUCKETS, CHAMPION, Settings, read_settings
 from mlplatform_ops import mlflow_rest, workshop
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
@@ -104,7 +104,7 @@ def ask(settings: Settings, verb: str, route: str, *, workspace: str | None = No
 
 
 def champion(settings: Settings) -> dict[str, Any]:
-    version = mlflow_rest.find_version(settings, MODEL_NAME, CHAMPION)
+    version = mlflow_rest.find_version(settings, table.current().model, CHAMPION)
     assert version is not None, f"{settings.workspace} has no champion"
     return version
 
@@ -149,7 +149,11 @@ def online(settings: Settings) -> int:
 
 def everything(settings: Settings) -> tuple[Any, ...]:
     model = ask(
-        settings, "GET", "api/2.0/mlflow/registered-models/get", workspace=settings.workspace, name=MODEL_NAME
+        settings,
+        "GET",
+        "api/2.0/mlflow/registered-models/get",
+        workspace=settings.workspace,
+        name=table.current().model,
     ).json()
     return objects(settings), experiments(settings), runs(settings), model, online(settings)
 
@@ -220,19 +224,19 @@ def test_mlflow_refuses_every_way_to_another_users_runs_and_models(
 def test_nobody_promotes_in_anothers_registry_or_serves_anothers_files(mine: Settings, hers: Settings) -> None:
     version = champion(hers)
     in_hers: list[tuple[str, str, dict[str, Any]]] = [
-        ("POST", "registered-models/alias", {"name": MODEL_NAME, "alias": CHAMPION, "version": "1"}),
-        ("DELETE", "registered-models/alias", {"name": MODEL_NAME, "alias": CHAMPION}),
-        ("POST", "registered-models/rename", {"name": MODEL_NAME, "new_name": "gone"}),
-        ("DELETE", "registered-models/delete", {"name": MODEL_NAME}),
-        ("DELETE", "model-versions/delete", {"name": MODEL_NAME, "version": version["version"]}),
+        ("POST", "registered-models/alias", {"name": table.current().model, "alias": CHAMPION, "version": "1"}),
+        ("DELETE", "registered-models/alias", {"name": table.current().model, "alias": CHAMPION}),
+        ("POST", "registered-models/rename", {"name": table.current().model, "new_name": "gone"}),
+        ("DELETE", "registered-models/delete", {"name": table.current().model}),
+        ("DELETE", "model-versions/delete", {"name": table.current().model, "version": version["version"]}),
         (
             "POST",
             "model-versions/set-tag",
-            {"name": MODEL_NAME, "version": version["version"], "key": "a", "value": ""},
+            {"name": table.current().model, "version": version["version"], "key": "a", "value": ""},
         ),
-        ("POST", "model-versions/create", {"name": MODEL_NAME, "source": "runs:/x/model"}),
-        ("GET", "registered-models/get", {"name": MODEL_NAME}),
-        ("GET", "model-versions/get-download-uri", {"name": MODEL_NAME, "version": version["version"]}),
+        ("POST", "model-versions/create", {"name": table.current().model, "source": "runs:/x/model"}),
+        ("GET", "registered-models/get", {"name": table.current().model}),
+        ("GET", "model-versions/get-download-uri", {"name": table.current().model, "version": version["version"]}),
     ]
     for verb, path, body in in_hers:
         answer = ask(mine, verb, f"api/2.0/mlflow/{path}", workspace=hers.workspace, **body)
@@ -242,7 +246,7 @@ def test_nobody_promotes_in_anothers_registry_or_serves_anothers_files(mine: Set
         f"mlflow-artifacts:/workspaces/{hers.workspace}",
         f"runs:/{version['run_id']}/model",
     ):
-        body = {"name": MODEL_NAME, "source": source, "run_id": version["run_id"]}
+        body = {"name": table.current().model, "source": source, "run_id": version["run_id"]}
         answer = ask(mine, "POST", "api/2.0/mlflow/model-versions/create", workspace=mine.workspace, **body)
         assert answer.status_code == 403, f"{source}: {answer.status_code} {answer.text[:100]}"
     assert mine.model_signing_key != hers.model_signing_key
@@ -433,7 +437,7 @@ def test_a_reset_empties_one_users_part_and_leaves_the_others(stepped_through: R
     settings = stepped_through.settings(1)
     assert objects(settings) == {}
     assert experiments(settings) == []
-    assert mlflow_rest.find_version(settings, MODEL_NAME, CHAMPION) is None
+    assert mlflow_rest.find_version(settings, table.current().model, CHAMPION) is None
     assert online(settings) == 0
     assert notebook.read_bytes() == (ROOT / "notebooks" / notebook.name).read_bytes()
     assert [name for name in objects(EmbeddedPlatform(state).settings) if second.name in name] == []
