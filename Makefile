@@ -170,7 +170,7 @@ format: $(READY) ## Format code and notebooks, strip the notebooks' outputs
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/nbstripout --keep-id notebooks/*.ipynb
 
 secrets: $(READY) ## Look for secrets in every file of the repository (FILES= names some)
-	@$(if $(FILES),printf '%s\0' $(FILES),git ls-files -z) | grep -zvE '\.lock$$|^data/|\.png$$|/compiled/' | xargs -0 $(BIN)/detect-secrets-hook --no-verify --disable-plugin HexHighEntropyString --exclude-lines 'secretName:|defaultMode:|`make env`|"(wrong|hush-[0-9])"'
+	@$(if $(FILES),printf '%s\0' $(FILES),git ls-files -z) | grep -zvE '\.lock$$|^data/|\.png$$|/compiled/' | xargs -0 $(BIN)/detect-secrets-hook --no-verify --disable-plugin HexHighEntropyString --exclude-lines 'secretName:|defaultMode:|`make (env|password)`|"(wrong|hush-[0-9])"'
 
 sbom: $(VENV)/.audit ## List what the environment and the notebooks' image consist of, in build/*.cdx.json (CycloneDX)
 	@mkdir -p build
