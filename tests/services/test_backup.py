@@ -74,16 +74,16 @@ def test_only_the_object_store_need_be_there(
 def test_a_copy_that_ended_early_is_none_and_the_next_one_starts_anew(
     platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    s3_client().put_object(Bucket=DATASETS_BUCKET, Key="backup/three.csv", Body=b"a,b\n")
     copy = tmp_path / "copy"
     monkeypatch.setattr(backup, "BUCKETS", (DATASETS_BUCKET, "unheard-of"))
     with pytest.raises(MissingObjectError, match="no bucket unheard-of"):
         backup.save(s3_client(), copy)
-    assert (tmp_path / "copy.part" / "buckets" / DATASETS_BUCKET / "backup" / "three.csv").exists()
+    left = tmp_path / "copy.part" / "buckets" / DATASETS_BUCKET / "backup"
+    left.mkdir()
+    (left / "three.csv").write_text("a,b\n")
     with pytest.raises(MissingObjectError, match="no copy in"):
         backup.restore(s3_client(), copy)
     monkeypatch.setattr(backup, "BUCKETS", (DATASETS_BUCKET,))
-    s3_client().delete_object(Bucket=DATASETS_BUCKET, Key="backup/three.csv")
     backup.save(s3_client(), copy)
     assert not (copy / "buckets" / DATASETS_BUCKET / "backup" / "three.csv").exists()
     assert not (tmp_path / "copy.part").exists()

@@ -21,7 +21,7 @@ REDIS = (
 )
 # What cells of notebooks do, and what they say when the disk is full.
 WRITES = {
-    "object store": "from mlplatform import objectstore as o; o.write_bytes(b'x' * 200_000, 's3://mlflow-datasets/full')",
+    "object store": "from mlplatform import objectstore as o; o.write_bytes(b'x' * 5_000_000, 's3://mlflow-datasets/full')",
     "online store": f"{REDIS} [r.set(f'full{{n}}', 'x' * 100_000) for n in range(9)]",
     "MLflow": "import mlflow, uuid; mlflow.create_experiment(str(uuid.uuid4()))",
     "features": "from mlplatform import features as f; f.materialise(f.open_store())",

@@ -150,12 +150,13 @@ def test_only_a_complete_run_that_succeeded_keeps_its_state_for_reset(
     clone: Path, start: Start, embedded: EmbeddedPlatform, platform: Settings
 ) -> None:
     shutil.rmtree(embedded.state / after_run.FOLDER, ignore_errors=True)
-    write(clone, "01_ends", "1")
+    record = "from mlplatform import results; results.record(done=True)"
+    write(clone, "01_ends", record)
     write(clone, "02_fails", "1 / 0")
     assert start("01_ends").wait(BOUND_S) == 0
     assert start().wait(BOUND_S) == 1
     assert not after_run.is_kept(embedded.state)
-    write(clone, "02_fails", "'not any more'")
+    write(clone, "02_fails", record)  # not any more
     assert start().wait(BOUND_S) == 0
     assert after_run.is_kept(embedded.state)
     kept = after_run.find_copy(embedded.state)

@@ -124,7 +124,9 @@ import pandas as pd
 from feast import Field
 from feast.on_demand_feature_view import on_demand_feature_view
 from feast.types import String
-from features import demographic
+from features import views
+
+demographic = next(view for view in views if view.name == "demographic")
 
 
 @on_demand_feature_view(sources=[demographic], schema=[Field(name="shout", dtype=String)])
