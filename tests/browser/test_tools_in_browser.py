@@ -110,7 +110,7 @@ def shown_links() -> dict[str, str]:
     for path in sorted((find_root() / "build" / "notebooks").glob("[0-9]*.ipynb")):
         for cell in json.loads(path.read_text())["cells"]:
             for output in cell.get("outputs", ()):
-                links |= re.findall(r"^([^:\n]+): (http\S+/#/\S+)$", "".join(output.get("text", "")), re.MULTILINE)
+                links |= re.findall(r"^(\w[^:\n]*): (http\S+/#/\S+)$", "".join(output.get("text", "")), re.MULTILINE)
     return links
 
 
