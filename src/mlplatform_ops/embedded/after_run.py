@@ -81,7 +81,7 @@ def reset(state: Path, settings: Settings) -> str:
             values = _put_back_online(client, copy / ONLINE)
         for kept, used in databases.items():
             copy_sqlite(kept, used)
-    when = datetime.fromtimestamp(copy.stat().st_mtime).astimezone()
+    when = datetime.fromtimestamp((copy / ONLINE).stat().st_mtime).astimezone()  # nothing writes to it afterwards
     return (
         f"as after the run of {when:%Y-%m-%d %H:%M}: {removed} objects removed, {written} written again, "
         f"{values} keys of the online store; MLflow's runs, models and users are those of then"
