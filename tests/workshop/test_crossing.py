@@ -366,12 +366,19 @@ def in_a_lab(user: User, code: str) -> str:
 
 def test_a_lab_runs_notebooks_as_its_user_and_no_port_leads_to_their_kernels(room: Room) -> None:
     user = room.users[2]
-    code = "from mlplatform.connection import connect; print(connect().workspace, __import__('os').getcwd())"
-    said = in_a_lab(user, code)
-    assert said.split() == [user.name, str(user.folder(room.state) / WORK)]
+    # On one port a kernel takes what its subprocesses print, and only with a secret that it tells them.
+    code = (
+        "from mlplatform.connection import connect; "
+        "print(connect().workspace, __import__('os').getcwd(), get_ipython().kernel.iopub_thread._pipe_port)"
+    )
+    *said, output_port = in_a_lab(user, code).split()
+    assert said == [user.name, str(user.folder(room.state) / WORK)]
     kernels = [process for process in processes_of(room.state) if "ipykernel_launcher" in process.cmdline()]
     assert kernels
-    assert [found for process in kernels for found in process.net_connections("inet") if found.status == "LISTEN"] == []
+    open_ports = [
+        found.laddr.port for process in kernels for found in process.net_connections("inet") if not found.raddr
+    ]
+    assert open_ports == [int(output_port)]
     workshop.reset(room.state, user.name)
     assert [process for process in kernels if process.is_running() and process.status() != "zombie"] == []
 
