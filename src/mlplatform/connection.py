@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlplatform.errors import CLOCK_CODES, ServiceDownError, clocks_differ, credentials_refused, service_down
+from mlplatform.errors import ServiceDownError, credentials_refused, service_down
 from mlplatform.settings import (
     CLIENT_DEFAULTS,
     CONNECT_TIMEOUT_S,
@@ -26,7 +26,6 @@ from mlplatform.sharing import name_buckets
 
 if TYPE_CHECKING:
     from botocore.config import Config
-    from botocore.exceptions import ClientError
     from mypy_boto3_s3 import S3Client
 
 UNSUPERVISED = (
@@ -180,6 +179,8 @@ def probe_object_store(settings: Settings, timeout_s: float) -> None:
     import botocore.exceptions
     from botocore.config import Config
 
+    from mlplatform.storage.refusals import CLOCK_CODES, clocks_differ
+
     config = Config(connect_timeout=timeout_s, read_timeout=timeout_s, retries={"total_max_attempts": 1})
     client = s3_client(settings, config=config)
     try:
@@ -187,17 +188,12 @@ def probe_object_store(settings: Settings, timeout_s: float) -> None:
     except botocore.exceptions.ClientError as error:
         code = error.response["Error"]["Code"]
         if code in CLOCK_CODES:
-            raise clocks_differ(settings.s3_endpoint, date_of(error)) from error
+            raise clocks_differ(settings.s3_endpoint, error) from error
         if code in {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
             raise credentials_refused("object store", settings.s3_endpoint, "AWS_ACCESS_KEY_ID") from error
         raise service_down("object store", settings.s3_endpoint) from error
     except botocore.exceptions.BotoCoreError as error:
         raise service_down("object store", settings.s3_endpoint) from error
-
-
-def date_of(error: ClientError) -> str:
-    """Give the object store's own time, as it stands in its refusal."""
-    return str(error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", ""))
 
 
 def probe_online_store(settings: Settings, timeout_s: float) -> None:

@@ -6,9 +6,6 @@ a stack trace. Every class also inherits the built-in error that fits, so that c
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from email.utils import format_datetime
-
 
 class PlatformError(Exception):
     """Base of every error raised on purpose."""
@@ -35,19 +32,6 @@ def credentials_refused(service: str, address: str, variable: str) -> Credential
     """Make the error for a service of the platform that refuses what `variable` holds."""
     return CredentialsError(
         f"the {service} at {address} refuses the credentials; check {variable}, or run 'make env' again"
-    )
-
-
-# What an object store answers to a request that was signed at another time than its own; minutes are forgiven.
-CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
-
-
-def clocks_differ(address: str, theirs: str) -> CredentialsError:
-    """Make the error for a signature that is refused because the object store's clock says `theirs`."""
-    ours = format_datetime(datetime.now(UTC), usegmt=True)
-    return CredentialsError(
-        f"the object store refuses {address} for the time in the signature: here it is {ours}, and there "
-        f"{theirs or 'another time'}; set the clock that is wrong, then do this again"
     )
 
 

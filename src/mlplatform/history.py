@@ -20,8 +20,8 @@ from mlplatform.census.lives import CHANGING_TIMES as CHANGING_TIMES
 from mlplatform.census.lives import CHANGING_USER as CHANGING_USER
 from mlplatform.census.lives import STEADY_TIME as STEADY_TIME
 from mlplatform.census.lives import STEADY_USER as STEADY_USER
+from mlplatform.description.entries import Table
 from mlplatform.errors import DataError
-from mlplatform.table import Table
 
 # Feast's own name for the moment asked about; in the feature files the moments have it too.
 EVENT_TIMESTAMP = "event_timestamp"

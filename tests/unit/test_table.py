@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from xgboost import XGBClassifier
 
 from mlplatform import history, income, modeling, table
+from mlplatform.description import entries
 from mlplatform.errors import DataError, MissingObjectError
 from mlplatform.monitoring.drift import Reference, compare
 from mlplatform.promotion import evaluation, signing
@@ -72,9 +73,9 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     table.current.cache_clear()
 
 
-def describe(folder: Path, old: str = "", new: str = "") -> table.Table:
+def describe(folder: Path, old: str = "", new: str = "") -> entries.Table:
     (folder / "table.toml").write_text(FLATS.replace(old, new) if old else FLATS)
-    return table.describe(folder / "table.toml")
+    return entries.describe(folder / "table.toml")
 
 
 def test_the_census_is_described_as_the_notebooks_name_it() -> None:
@@ -138,7 +139,7 @@ def test_a_description_that_contradicts_itself_is_refused_in_one_line(
 
 def test_a_description_that_is_missing_says_where_one_is_shown(tmp_path: Path) -> None:
     with pytest.raises(MissingObjectError, match="write it as docs/your-own-data"):
-        table.describe(tmp_path / "table.toml")
+        entries.describe(tmp_path / "table.toml")
 
 
 def test_without_views_one_view_holds_every_column(tmp_path: Path) -> None:
@@ -304,6 +305,6 @@ def test_what_is_told_about_the_census_refuses_another_table_in_one_line(
 
 def test_the_shipped_description_says_what_every_entry_means() -> None:
     said = tomllib.loads((ROOT / "data" / "table.toml").read_text())
-    assert set(said) == {entry.alias or name for name, entry in table.Table.model_fields.items()} - {"folder"}
-    assert set(said["entity"]) == set(table.Entity.model_fields)
-    assert set(said["target"]) == set(table.Target.model_fields)
+    assert set(said) == {entry.alias or name for name, entry in entries.Table.model_fields.items()} - {"folder"}
+    assert set(said["entity"]) == set(entries.Entity.model_fields)
+    assert set(said["target"]) == set(entries.Target.model_fields)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import format_datetime
 
 import botocore.exceptions
 
-from mlplatform.connection import date_of
-from mlplatform.errors import (
-    CLOCK_CODES,
-    CredentialsError,
-    DataError,
-    MissingObjectError,
-    ServiceDownError,
-    clocks_differ,
-)
+from mlplatform.errors import CredentialsError, DataError, MissingObjectError, ServiceDownError
+
+# What is answered to a request that was signed at another time than the store's own; minutes are forgiven.
+CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
 
 _REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403"}
 _ABSENT = {"NoSuchKey", "404"}
@@ -40,7 +37,7 @@ def s3_errors(uri: str) -> Iterator[None]:
     except botocore.exceptions.ClientError as error:
         code = error.response["Error"]["Code"]
         if code in CLOCK_CODES:
-            raise clocks_differ(uri, date_of(error)) from error
+            raise clocks_differ(uri, error) from error
         if code in _REFUSED:
             raise CredentialsError(
                 f"the object store refuses the credentials for {uri}; check AWS_ACCESS_KEY_ID, or run 'make env' again"
@@ -64,3 +61,13 @@ def s3_errors(uri: str) -> Iterator[None]:
         raise ServiceDownError(
             f"the object store does not answer for {uri}; run 'make up', then 'make status'"
         ) from error
+
+
+def clocks_differ(address: str, error: botocore.exceptions.ClientError) -> CredentialsError:
+    """Make the error for a signature that is refused because the object store's clock says another time."""
+    ours = format_datetime(datetime.now(UTC), usegmt=True)
+    theirs = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date") or "another time"
+    return CredentialsError(
+        f"the object store refuses {address} for the time in the signature: here it is {ours}, and there {theirs}; "
+        "set the clock that is wrong, then do this again"
+    )

@@ -1,0 +1,1 @@
+"""The description of the table that everything is about."""
