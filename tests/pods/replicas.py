@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from manifests import Manifest, pod_spec, workloads
+from people import PERSON
 from questions import ask, mlflow, read_secret
 
 from mlplatform import table
@@ -25,16 +26,6 @@ from pods import Cluster, Pod, PodError
 SERVICE, PORT = "model-endpoint", 3000
 CLIENT = "client"
 WAIT_S = 120
-PERSON = {
-    "Workclass": "Private",
-    "Education": "Bachelors",
-    "Marital-Status": "Never-married",
-    "Occupation": "Sales",
-    "Relationship": "Own-child",
-    "Race": "White",
-    "Sex": "Male",
-    "Native_country": "United-States",
-}
 # Real people through the Service, in the table's order, until somebody says stop; then what was answered.
 QUESTIONS = """
 import json, os, time

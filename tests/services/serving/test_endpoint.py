@@ -21,6 +21,7 @@ import mlflow
 import pandas as pd
 import pytest
 import requests
+from people import PERSON
 from xgboost import XGBClassifier
 
 from mlplatform import features, history, income, modeling, objectstore, registry, tracking
@@ -35,16 +36,6 @@ from mlplatform.settings import Settings
 ROOT = Path(__file__).parents[3]
 TOKEN = "test-token"  # noqa: S105 - of servers that live for one test
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
-PERSON = {
-    "Workclass": "Private",
-    "Education": "Bachelors",
-    "Marital-Status": "Never-married",
-    "Occupation": "Sales",
-    "Relationship": "Own-child",
-    "Race": "White",
-    "Sex": "Male",
-    "Native_country": "United-States",
-}
 
 
 @contextmanager
