@@ -20,6 +20,7 @@ from xgboost import XGBClassifier
 
 from mlplatform import modeling, objectstore, table, tracking
 from mlplatform.errors import MissingObjectError, RegistryError
+from mlplatform.promotion import gate
 from mlplatform.promotion.alias import mlflow_errors
 from mlplatform_ops import provenance
 
@@ -151,6 +152,6 @@ def _read(run: Run, entry: tracking.DataSet) -> Any:
 
 def _answers(run: Run) -> list[float]:
     try:
-        return list(mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/{tracking.ANSWERS_FILE}")["probability"])
+        return list(gate.load_json(run.info.run_id, tracking.ANSWERS_FILE)["probability"])
     except (MlflowException, OSError, KeyError, TypeError):
         return []

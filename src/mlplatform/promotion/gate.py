@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -115,7 +114,7 @@ def read(run_id: str) -> Evaluation:
         RegistryError: The run was not evaluated.
     """
     try:
-        return Evaluation(**json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/{FILE}")))
+        return Evaluation(**load_json(run_id, FILE))
     except (MlflowException, OSError, TypeError, ValueError) as error:
         raise RegistryError(f"run {run_id} has no evaluation; run notebook 03_evaluate_models") from error
 
@@ -123,10 +122,17 @@ def read(run_id: str) -> Evaluation:
 def read_champion(run_id: str, champion_run: str) -> Evaluation | None:
     """Read what a run says of the version that served when it was trained; none if it says nothing of that version."""
     try:
-        found = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/{RIVAL_FILE}"))
+        found = load_json(run_id, RIVAL_FILE)
         return Evaluation(**found) if found.pop("run_id") == champion_run else None
     except (MlflowException, OSError, TypeError, ValueError, KeyError):
         return None
+
+
+def load_json(run_id: str, file: str) -> dict[str, Any]:
+    """Call `mlflow.artifacts.load_dict`, which asks for a file that is not there for half a minute: then give `{}`."""
+    if file not in [entry.path for entry in mlflow.MlflowClient().list_artifacts(run_id)]:
+        return {}
+    return dict(mlflow.artifacts.load_dict(f"runs:/{run_id}/{file}"))
 
 
 def check(challenger: Evaluation, champion: Evaluation | None) -> tuple[list[str], str]:
