@@ -12,6 +12,7 @@ import pandas as pd
 from mlflow.data.pandas_dataset import PandasDataset, from_pandas
 from mlflow.entities import Run
 from mlflow.models.model import ModelInfo
+from mlflow.tracking.default_experiment import DEFAULT_EXPERIMENT_ID
 from sklearn.base import BaseEstimator
 from sklearn.pipeline import Pipeline
 
@@ -120,12 +121,15 @@ def log_fitted(
         params: Parameters to record.
 
     Raises:
-        RegistryError: There is no active run.
+        RegistryError: There is no active run, or it is in MLflow's experiment Default, where nobody looks for it.
     """
     train, test, _ = (dataset.df for dataset in datasets)
     run = mlflow.active_run()
     if run is None:
         raise RegistryError("no run is active; call log_fitted inside `with mlflow.start_run():`")
+    if run.info.experiment_id == DEFAULT_EXPERIMENT_ID:
+        # Also where another process made the experiment at the same moment: mlflow.set_experiment then sets nothing.
+        raise RegistryError("this run is in MLflow's experiment Default; call mlflow.set_experiment and try again")
     mlflow.log_params({"estimator": type(model.named_steps["estimator"]).__name__, **(params or {})})
     mlflow.log_inputs(datasets=list(datasets), contexts=list(CONTEXTS), tags_list=[None] * len(datasets))
     logged = log_model(model, train)

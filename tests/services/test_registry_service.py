@@ -105,6 +105,18 @@ def test_logging_outside_of_a_run_says_what_to_call(
         tracking.log_fitted(runs["good"].model, datasets)
 
 
+def test_a_run_that_would_get_lost_among_mlflows_default_ones_is_refused(
+    runs: dict[str, tracking.LoggedRun], parts: tuple[pd.DataFrame, pd.DataFrame]
+) -> None:
+    datasets = tracking.write_datasets(*parts, parts[1])
+    with (
+        mlflow.start_run(experiment_id="0") as run,
+        pytest.raises(RegistryError, match=r"experiment Default; call mlflow.set_experiment"),
+    ):
+        tracking.log_fitted(runs["good"].model, datasets)
+    assert not mlflow.get_run(run.info.run_id).outputs.model_outputs
+
+
 def test_nothing_in_a_run_or_its_model_is_a_pickle(runs: dict[str, tracking.LoggedRun], tmp_path: Path) -> None:
     model = Path(mlflow.artifacts.download_artifacts(runs["good"].model_uri, dst_path=str(tmp_path)))
     files = {path.name: path.read_bytes() for path in model.rglob("*") if path.is_file()}
