@@ -15,11 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import mlflow
-import skops.io
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
 from sklearn.pipeline import Pipeline
-from skops.io.exceptions import UntrustedTypesFoundException
 
 from mlplatform.errors import SettingsError, UntrustedModelError
 
@@ -81,7 +79,9 @@ def load(files: Path) -> Pipeline:
     Args:
         files: What `fetch_verified` returned.
     """
-    return skops.io.load(files / MODEL_FILE, trusted=TRUSTED_TYPES)
+    from skops import io  # it looks through all of scikit-learn and SciPy first, for the better part of a second
+
+    return io.load(files / MODEL_FILE, trusted=TRUSTED_TYPES)
 
 
 def sign(files: Path, subject: str) -> str:
@@ -140,11 +140,14 @@ def _download(model_id: str, into: Path) -> Path:
 
 def _check_format(files: Path, *, label: str) -> None:
     """Refuse what is no pipeline in the skops format, or holds other types than ours."""
+    from skops import io
+    from skops.io.exceptions import UntrustedTypesFoundException
+
     flavour = Model.load(str(files)).flavors.get("sklearn", {})
     if flavour.get("serialization_format") != "skops" or flavour.get("pickled_model") != MODEL_FILE:
         raise UntrustedModelError(f"{label} is not in the skops format; log it with tracking.log_model")
     try:
-        strange = set(skops.io.get_untrusted_types(file=files / MODEL_FILE)) - set(TRUSTED_TYPES)
+        strange = set(io.get_untrusted_types(file=files / MODEL_FILE)) - set(TRUSTED_TYPES)
     except (UntrustedTypesFoundException, OSError, ValueError, KeyError) as error:
         raise UntrustedModelError(f"{label} is no readable skops file; log it with tracking.log_model") from error
     if strange:
