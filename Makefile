@@ -9,7 +9,7 @@ PLATFORM ?= embedded
 OVERLAY ?= local
 CLUSTER = --overlay $(OVERLAY) $(if $(CONTEXT),--context '$(CONTEXT)') $(if $(YES),--yes)
 # Two processes: what needs the executed notebooks runs in one, the rest beside it (tests/conftest.py).
-PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(if $(DURATIONS),--durations $(DURATIONS))
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(if $(DURATIONS),--durations $(DURATIONS))
 # What notebooks 8 to 10 and the loop need, and what the tests need beside that.
 GROUPS = $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift
 TESTED = $(GROUPS) $(VENV)/.scale $(VENV)/.audit

@@ -42,7 +42,8 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPlatform]:
     before = dict(os.environ), mlflow.get_tracking_uri()
     try:
         platform.up()
-        os.environ.update(platform.settings.to_env())
+        # Where nothing answers, nothing will: MLflow's client need not try for half a minute.
+        os.environ.update({**platform.settings.to_env(), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"})
         mlflow.set_tracking_uri(platform.settings.tracking_uri)
         fill()
         yield platform

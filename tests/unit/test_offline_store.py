@@ -184,7 +184,7 @@ visits = st.lists(
 
 
 @st.composite
-def two_key_questions(draw: st.DrawFn) -> tuple[pd.DataFrame, pd.DataFrame, bool]:
+def two_key_questions(draw: st.DrawFn) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Draw visits with many ties, and questions about their very moments."""
     rows = draw(visits)
     stored = pd.DataFrame(rows, columns=["who", "where", "offset", "wrote", "said"])
@@ -200,7 +200,7 @@ def two_key_questions(draw: st.DrawFn) -> tuple[pd.DataFrame, pd.DataFrame, bool
             "event_timestamp": moments.tz_convert(zone),
         }
     )
-    return stored, entity_df, draw(st.booleans())
+    return stored, entity_df
 
 
 def expected_visit(stored: pd.DataFrame, user: str, place: int, moment: pd.Timestamp, has_created: bool) -> object:
@@ -244,10 +244,11 @@ def visit_store(repo: Repo, tmp_path_factory: pytest.TempPathFactory) -> tuple[F
     return store, folder
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("has_created", [True, False], ids=["with a time of writing", "without"])
+@settings(max_examples=EXAMPLES // 2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=two_key_questions())
-def test_two_keys_ties_ranges_and_other_names_give_what_a_look_through_all_rows_gives(visit_store, drawn):
-    stored, entity_df, has_created = drawn
+def test_two_keys_ties_ranges_and_other_names_give_what_a_look_through_all_rows_gives(visit_store, drawn, has_created):
+    stored, entity_df = drawn
     store, folder = visit_store
     # The file also has columns called like the mapped names, which must not be taken.
     decoys = {"at": START, "word": "decoy", "user_id": "decoy", "place_id": 0}

@@ -7,8 +7,10 @@ tests with the fixture `shop` ask all three stores for one answer, and one test 
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 from datetime import timedelta
 from decimal import Decimal
+from multiprocessing.pool import Pool
 from pathlib import Path
 from types import FunctionType
 from uuid import UUID
@@ -318,14 +320,20 @@ def test_every_row_within_a_range_can_be_pulled(shop: Shop):
 # What stock refuses or answers wrongly
 
 
-def test_timestamps_are_utc_wherever_the_machine_is(our_shop: Shop, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(scope="module")
+def elsewhere(platform: Settings) -> Iterator[Pool]:
+    """A process in another time zone; a process takes its zone once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "America/St_Johns")
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            yield process
+
+
+def test_timestamps_are_utc_wherever_the_machine_is(our_shop: Shop, elsewhere: Pool):
     data = rows(user_id=["a"], at=[JANUARY], seen=[FEBRUARY])
     our_shop.store.apply([ANN, view(our_shop, "v", data, {"seen": UnixTimestamp}, [ANN])])
-    # A process takes its zone once, so one of its own asks.
-    monkeypatch.setenv("TZ", "America/St_Johns")
-    with multiprocessing.get_context("spawn").Pool(1) as elsewhere:
-        asked = {"user_id": ["a"], "event_timestamp": [MARCH]}
-        zone, name, found = elsewhere.apply(ask_elsewhere, (our_shop.config, ["v:seen"], asked))
+    asked = {"user_id": ["a"], "event_timestamp": [MARCH]}
+    zone, name, found = elsewhere.apply(ask_elsewhere, (our_shop.config, ["v:seen"], asked))
     assert (zone, name) == ("America/St_Johns", "UTC")
     assert found["seen"].iloc[0] == FEBRUARY
 

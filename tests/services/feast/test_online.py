@@ -8,17 +8,18 @@ import logging
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from datetime import UTC, datetime, timedelta
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import httpx
 import pandas as pd
 import pytest
 import redis
+import warm
 from feast import Entity, FeatureService, FeatureView, Field, ValueType
 from feast.infra.online_stores.redis import RedisOnlineStore, RedisOnlineStoreConfig
 from feast.types import Array, Float64, Int64, String
@@ -195,49 +196,43 @@ def test_no_call_asks_for_another_machines_name(platform: Settings, tmp_path: Pa
 # Many at once
 
 
-WORKER = """
-import sys, time, pathlib, random
-import pandas as pd
-from mlplatform import features
-repo, role, number, seed = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-store = features.open_store(repo)
-dice = random.Random(seed)
-while True:
-    store = store if dice.random() < 0.9 else features.open_store(repo)
-    try:
-        if role == "apply":
-            store.refresh_registry()
-            service = store.get_feature_service("income_v1")
-            from feast import FeatureService
-            name = f"s{number}_{time.time_ns()}"
-            made = FeatureService(name=name, features=[store.get_feature_view("demographic")])
-            store.registry.apply_feature_service(made, store.project, commit=True)
-            print("applied", name, flush=True)
-        else:
-            at = pd.Timestamp(dice.randrange(1_600_000_000, 1_700_000_000), unit="s", tz="UTC")
-            rows = pd.DataFrame({"user_id": [f"u{dice.randrange(20)}" for _ in range(5)], "event_timestamp": at,
-                                 "Sex": str(at.value), "Race": "r", "Native_country": "n"}).drop_duplicates("user_id")
-            store.write_to_online_store("demographic", rows)
-            for user in rows["user_id"]:
-                print("stored", user, at.value, flush=True)
-    except Exception as error:
-        print("refused", type(error).__name__, str(error)[:200], flush=True)
-"""
+def work(repo: Path, role: str, number: int, seed: int, said: Path) -> None:
+    """What one of sixteen processes does until it is killed: apply a service or load rows, and say what is done."""
+    with said.open("w", buffering=1) as out:
+        store, dice = features.open_store(repo), random.Random(seed)
+        while True:
+            store = store if dice.random() < 0.9 else features.open_store(repo)
+            try:
+                if role == "apply":
+                    store.refresh_registry()
+                    name = f"s{number}_{time.time_ns()}"
+                    made = FeatureService(name=name, features=[store.get_feature_view("demographic")])
+                    store.registry.apply_feature_service(made, store.project, commit=True)
+                    out.write(f"applied {name}\n")
+                else:
+                    at = pd.Timestamp(dice.randrange(1_600_000_000, 1_700_000_000), unit="s", tz="UTC")
+                    rows = pd.DataFrame({"user_id": [f"u{dice.randrange(20)}" for _ in range(5)]}).drop_duplicates()
+                    values = {"event_timestamp": at, "Sex": str(at.value), "Race": "r", "Native_country": "n"}
+                    store.write_to_online_store("demographic", rows.assign(**values))
+                    out.writelines(f"stored {user} {at.value}\n" for user in rows["user_id"])
+            except Exception as error:
+                out.write(f"refused {type(error).__name__} {str(error)[:200]!r}\n")
 
 
 def test_no_acknowledged_change_is_lost_among_many_that_are_killed(platform: Settings, tmp_path: Path):
-    """Eight apply and eight load at once while some are killed; it takes a minute, since each start imports Feast."""
+    """Eight apply and eight load at once, as processes of their own, while some are killed."""
     repo = scratch_repository(tmp_path)
     features.apply(repo)
+    processes = warm.context()
     dice = random.Random(7)
     said: list[Path] = []
 
-    def start(role: str, number: int) -> subprocess.Popen[bytes]:
-        path = tmp_path / f"said-{len(said)}"
-        said.append(path)
-        with path.open("wb") as output:
-            command = [sys.executable, "-c", WORKER, str(repo), role, str(number), str(len(said))]
-            return subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
+    def start(role: str, number: int) -> ForkServerProcess:
+        said.append(tmp_path / f"said-{len(said)}")
+        said[-1].touch()
+        process = processes.Process(target=work, args=(repo, role, number, len(said), said[-1]))
+        process.start()
+        return process
 
     def done() -> list[list[str]]:
         lines = [line for path in said for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -251,13 +246,13 @@ def test_no_acknowledged_change_is_lost_among_many_that_are_killed(platform: Set
             time.sleep(2)
             if dice.random() < 0.3:
                 key = dice.choice(list(running))
-                running[key].send_signal(signal.SIGKILL)
-                running[key].wait()
+                running[key].kill()
+                running[key].join()
                 running[key] = start(*key)
     finally:
         for process in running.values():
             process.kill()
-            process.wait()
+            process.join()
     operations = done()
     assert len(operations) >= 2_000, f"{len(operations)} operations in nine minutes"
     refused = [line for line in operations if line[0] == "refused"]

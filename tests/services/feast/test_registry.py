@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import dill
 import pytest
 from feast.protos.feast.core.OnDemandFeatureView_pb2 import OnDemandFeatureView
 from feast.protos.feast.core.Registry_pb2 import Registry
 from shop import scratch_repository
+from warm import run_code
 
 from mlplatform import features, objectstore
 from mlplatform.errors import RegistryError
@@ -47,6 +47,7 @@ def with_function(body: bytes, repo: Path, mark: Path) -> bytes:
 
 
 READERS = {
+    "feast": "from feast.cli.cli import cli; cli(['feature-views', 'list'])",
     "notebook": "from mlplatform import features; features.open_store(pathlib.Path.cwd())",
     "UI": "from mlplatform_ops.feast_servers.feature_ui import main; main(['--port', '0'])",
     "feature server": (
@@ -57,12 +58,12 @@ READERS = {
 }
 
 
-def read_by(reader: str, repo: Path) -> subprocess.CompletedProcess[str]:
-    if reader == "feast":
-        command = [str(Path(sys.executable).parent / "feast"), "feature-views", "list"]
-    else:
-        command = [sys.executable, "-c", f"import pathlib, sys; {READERS[reader]}"]
-    return subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False, timeout=300)
+# What `python -m mlplatform.feast_plugins.registry_store .` does.
+SIGN = "import sys; from mlplatform.feast_plugins.registry_store import main; sys.argv = ['', '.']; main()"
+
+
+def read_by(reader: str, repo: Path) -> CompletedProcess[str]:
+    return run_code(f"import pathlib, sys; {READERS[reader]}", repo)
 
 
 @pytest.mark.parametrize("reader", ["notebook", "UI", "feature server", "feast"])
@@ -70,7 +71,7 @@ def test_every_reader_refuses_a_registry_that_brings_code(repo: Path, tmp_path: 
     mark = tmp_path / "was-run"
     objectstore.write_bytes(signed(with_function(objectstore.read_bytes(uri(repo)), repo, mark)), uri(repo))
     done = read_by(reader, repo)
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "brings code" in line]
+    said = [line for line in done.stdout.splitlines() if "brings code" in line]
     assert done.returncode
     assert len(said) == 1
     assert "trap; it was not run" in said[0]
@@ -98,13 +99,12 @@ def test_every_reader_refuses_a_registry_without_digest_in_one_line(repo: Path, 
     objectstore.write_bytes(verified(objectstore.read_bytes(uri(repo)), ""), uri(repo))
     done = read_by(reader, repo)
     assert done.returncode
-    assert len([line for line in (done.stdout + done.stderr).splitlines() if "has no digest" in line]) == 1
+    assert len([line for line in done.stdout.splitlines() if "has no digest" in line]) == 1
 
 
 def test_a_registry_of_earlier_gets_its_digest_by_one_command(repo: Path):
     objectstore.write_bytes(verified(objectstore.read_bytes(uri(repo)), ""), uri(repo))
-    command = [sys.executable, "-m", "mlplatform.feast_plugins.registry_store", str(repo)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = run_code(SIGN, repo)
     assert done.stdout.endswith("has a digest now\n"), done.stderr
     assert features.open_store(repo).list_feature_views()
 
@@ -112,10 +112,9 @@ def test_a_registry_of_earlier_gets_its_digest_by_one_command(repo: Path):
 def test_signing_refuses_code_too(repo: Path, tmp_path: Path):
     mark = tmp_path / "was-run"
     objectstore.write_bytes(with_function(objectstore.read_bytes(uri(repo)), repo, mark), uri(repo))
-    command = [sys.executable, "-m", "mlplatform.feast_plugins.registry_store", str(repo)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = run_code(SIGN, repo)
     assert done.returncode
-    assert "brings code that feature_repo does not have" in done.stderr
+    assert "brings code that feature_repo does not have" in done.stdout
     assert not mark.exists()
 
 
@@ -137,9 +136,9 @@ def loud(inputs: pd.DataFrame) -> pd.DataFrame:
 
 def test_a_function_that_the_repository_brings_is_handed_on_with_the_repositorys_own_pickle(repo: Path, tmp_path: Path):
     (repo / "loud.py").write_text(FUNCTION)
-    feast = str(Path(sys.executable).parent / "feast")
-    applied = subprocess.run([feast, "apply"], cwd=repo, capture_output=True, text=True, check=False, timeout=300)
-    assert applied.returncode == 0, applied.stderr
+    apply = "from feast.cli.cli import cli; cli(['apply'])"
+    applied = run_code(apply, repo)
+    assert applied.returncode == 0, applied.stdout
     registry = Registry.FromString(verified(objectstore.read_bytes(uri(repo)), ""))
     function = registry.on_demand_feature_views[0].spec.feature_transformation.user_defined_function
     mark, own = tmp_path / "was-run", function.body
@@ -156,8 +155,8 @@ def test_a_function_that_the_repository_brings_is_handed_on_with_the_repositorys
     (repo / "loud.py").write_text(FUNCTION.replace("upper", "lower"))
     with pytest.raises(RegistryError, match="brings code that feature_repo does not have, in registry/loud"):
         features.open_store(repo)
-    applied = subprocess.run([feast, "apply"], cwd=repo, capture_output=True, text=True, check=False, timeout=300)
-    assert applied.returncode == 0, applied.stderr
+    applied = run_code(apply, repo)
+    assert applied.returncode == 0, applied.stdout
     assert features.open_store(repo).list_on_demand_feature_views()
 
 
