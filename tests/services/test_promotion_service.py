@@ -30,7 +30,7 @@ from mlplatform.promotion.alias import PENDING, PREVIOUS, ask_gate
 from mlplatform.settings import ARTIFACTS_BUCKET, Settings
 
 CSV = Path(__file__).parents[2] / "data" / "income_data.csv"
-PROCESSES, ROUNDS = 8, 3
+PROCESSES, ROUNDS = 8, 2
 
 
 @pytest.fixture(scope="module")
