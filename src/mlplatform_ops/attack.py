@@ -41,6 +41,8 @@ PUBLIC = (
     ("model-endpoint", "/docs.json"),
     ("feast-ui", "/"),
 )
+# What lies below a public path and is not public.
+_GUARDED = (("feast-ui", "/objects"),)
 # In the form of a signed request, by the usual name, and with a signature that nobody made.
 _UNSIGNED = (
     "AWS4-HMAC-SHA256 Credential=platform/20260101/us-east-1/s3/aws4_request, "
@@ -134,7 +136,16 @@ _PATHS = {
         "/",
         "/schema.json",
     ),
-    "feast-ui": ("/", "/registry", "/../settings.json", "/api/v1/projects", "/push"),
+    "feast-ui": (
+        "/objects/",
+        "/objects",
+        f"/objects/{_BUCKET}/guarded.txt",
+        "/",
+        "/registry",
+        "/../settings.json",
+        "/api/v1/projects",
+        "/push",
+    ),
 }
 # Of each service that speaks HTTP a path that anybody may read, and one that nobody may use.
 _DOORS = {
@@ -142,7 +153,7 @@ _DOORS = {
     "mlflow": ("/health", "/api/2.0/mlflow/experiments/search?max_results=10"),
     "feature-server": ("/health", "/get-online-features"),
     "model-endpoint": ("/healthz", "/predict"),
-    "feast-ui": ("/", "/push"),
+    "feast-ui": ("/", f"/objects/{_BUCKET}/guarded.txt"),
     "supervisor": ("/", "/RPC2"),
 }
 # Ways to write the second path so that a check may take it for the first one, or for none that it knows.
@@ -334,6 +345,8 @@ def _knock(listener: Listener, scheme: str, context: ssl.SSLContext | None) -> I
 
 def _public(service: str, method: str, path: str) -> bool:
     if method not in READS or ".." in unquote(unquote(path)):
+        return False
+    if any(service == name and start in unquote(unquote(path)) for name, start in _GUARDED):
         return False
     # A redirect to a login page or to a path with a slash gives nothing away; the path that it names is tried too.
     return any(service == name and path.startswith(start) for name, start in PUBLIC)

@@ -239,8 +239,10 @@ def serve() -> None:
 
 @app.command
 def ui() -> None:
-    """Start the Feast UI."""
-    _embedded().up(also=["feast-ui"], notify=say)
+    """Start the Feast UI, and the object store's pages beside it."""
+    platform = _embedded()
+    user = platform.up(also=["feast-ui"], notify=say).tracking_username
+    say(f"object store: {platform.url('feast-ui')}/objects/  (user {user}; password: make password)")
 
 
 @app.command

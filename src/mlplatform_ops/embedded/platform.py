@@ -420,6 +420,10 @@ class EmbeddedPlatform:
     def _log(self, service: Service) -> Path:
         return self.state / "logs" / f"{service.name}.log"
 
+    def url(self, name: str) -> str:
+        """Say where a service listens."""
+        return self._url(next(service for service in SERVICES if service.name == name))
+
     def _url(self, service: Service) -> str:
         scheme = "redis" if service.name == "online-store" else "http"
         return f"{scheme}://{HOST}:{self._environment()[service.variable]}"
