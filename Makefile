@@ -66,7 +66,7 @@ serve: $(READY) ## Start the Feast feature server
 serve-model: $(VENV)/.serving ## Start the endpoint that serves the champion; adds the packages that it needs
 	@$(CLI) $@
 
-ui: $(READY) ## Start the Feast UI
+ui: $(READY) ## Start the Feast UI, and the object store's pages beside it
 	@$(CLI) ui
 
 attack: $(READY) ## Try the running platform's doors as a stranger would, and show which ones hold
@@ -154,7 +154,7 @@ test-services: $(TESTED) ## Pass the tests of one service each, against real ser
 test-notebooks: $(GROUPS) ## Run every notebook and check what it made
 	@$(PYTEST) tests/notebooks
 
-test-browser: $(VENV)/.browser run ## After make run: walk the site, MLflow, the Feast UI and Lab in the system's Chromium
+test-browser: $(VENV)/.browser run ## After make run: walk the site, MLflow, the Feast UI, the object store and Lab in the system's Chromium
 	@$(PYTEST) tests/browser
 
 test-workshop: $(VENV)/.workshop ## Take three users through the notebooks at once, and let each try to cross: minutes, alone on the machine

@@ -3,9 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser
-from web_pages import PATIENCE_MS, SHOTS
+from web_pages import PATIENCE_MS, SHOTS, shown_problems
 
 from mlplatform.settings import find_root
 
@@ -22,7 +21,7 @@ def site() -> Path:
 def test_every_page_can_be_read_and_axe_finds_nothing(browser: Browser, site: Path, width: int, scheme: str) -> None:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     context.set_default_timeout(PATIENCE_MS)
-    page, axe, asked, problems = context.new_page(), Axe(), [], []
+    page, asked, problems = context.new_page(), [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: problems.append(f"{page.url}: {error}"))
     for path in sorted(site.rglob("*.html")):
@@ -32,13 +31,8 @@ def test_every_page_can_be_read_and_axe_finds_nothing(browser: Browser, site: Pa
         text = page.inner_text("article") if page.query_selector("article") else ""
         if len(text.split()) < 20 and name not in {"search", "genindex"}:
             problems.append(f"{name}: hardly a word")
-        if page.evaluate("document.documentElement.scrollWidth") > width:
-            problems.append(f"{name}: wider than the screen")
         # What axe looks at depends on the width and on the scheme, and not on the two together: each is looked at once.
-        looked = axe.run(page).response["violations"] if (width == 390) == (scheme == "dark") else []
-        for found in looked:
-            where = ", ".join(str(node["target"]) for node in found["nodes"][:3])
-            problems.append(f"{name}: {found['id']}: {found['help']} at {where}")
+        problems += shown_problems(page, name, width, axe=(width == 390) == (scheme == "dark"))
     context.close()
     assert problems == []
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []

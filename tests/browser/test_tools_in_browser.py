@@ -1,7 +1,8 @@
-"""What the notebooks tell readers to click, clicked in MLflow, the Feast UI and JupyterLab after `make run`."""
+"""What notebooks tell readers to click in MLflow, the Feast UI, the object store and JupyterLab, after `make run`."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -9,15 +10,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import requests
-from playwright.sync_api import Browser, Page, expect
-from web_pages import PATIENCE_MS, SHOTS
+from playwright.sync_api import Browser, BrowserContext, Page, expect
+from web_pages import PATIENCE_MS, SHOTS, shown_problems
 
 from mlplatform import table
-from mlplatform.settings import find_root
+from mlplatform.connection import s3_client
+from mlplatform.settings import ARTIFACTS_BUCKET, DATASETS_BUCKET, find_root
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
 
 expect.set_options(timeout=PATIENCE_MS)
@@ -150,6 +152,50 @@ def test_the_feast_ui_shows_the_views_and_the_service(browser: Browser, platform
     context.close()
 
 
+@pytest.fixture
+def signed_in(browser: Browser, platform: EmbeddedPlatform) -> Iterator[BrowserContext]:
+    """A browser whose user types the password wherever it is asked for."""
+    settings = platform.settings
+    login = {"username": settings.tracking_username, "password": settings.tracking_password}
+    context = browser.new_context(viewport={"width": 1400, "height": 1000}, http_credentials=login)
+    context.set_default_timeout(PATIENCE_MS)
+    yield context
+    context.close()
+
+
+def test_the_object_store_is_shown_at_two_widths_in_two_schemes_and_axe_finds_nothing(
+    signed_in: BrowserContext, platform: EmbeddedPlatform
+) -> None:
+    platform.up(also=["feast-ui"])
+    store = s3_client(platform.settings)
+    keys = {
+        f"{bucket}/{entry['Key']}"
+        for bucket in (DATASETS_BUCKET, ARTIFACTS_BUCKET)
+        for entry in store.list_objects_v2(Bucket=bucket)["Contents"]
+    }
+    looked_at = {
+        "buckets": ("", DATASETS_BUCKET),
+        "folder": (f"{DATASETS_BUCKET}/", "Last modified"),
+        "parquet": (min(key for key in keys if key.endswith(".parquet")), "First 20 rows"),
+        "image": (min(key for key in keys if key.endswith(".png")), "The image"),
+        "text": (min(key for key in keys if key.endswith("MLmodel")), "What it holds"),
+        "gone": (f"{DATASETS_BUCKET}/gone.txt", "is not there"),
+    }
+    page, problems = signed_in.new_page(), []
+    page.on("console", lambda message: problems.extend(re.findall(".*Content Security Policy.*", message.text)))
+    for name, (path, text) in looked_at.items():
+        page.goto(f"{platform.url('feast-ui')}/objects/{path}")
+        expect(page.get_by_text(text).first).to_be_visible()
+        if name == "image":
+            assert page.evaluate("document.images[0].naturalWidth") > 100
+        for width, scheme in itertools.product((390, 1280), ("light", "dark")):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme)
+            keep(page, f"objects-{name}-{width}-{scheme}")
+            problems += shown_problems(page, f"{name}, {width}, {scheme}", width)
+    assert problems == []
+
+
 def answers(url: str) -> bool:
     try:
         return requests.get(url, timeout=10).ok
@@ -157,10 +203,10 @@ def answers(url: str) -> bool:
         return False
 
 
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address that `make lab` prints, once it answers there."""
-    said = tmp_path / "said"
+    said = tmp_path_factory.mktemp("lab") / "said"
     with said.open("w") as output:
         process = subprocess.Popen(["make", "-s", "lab"], cwd=find_root(), stderr=output, start_new_session=True)  # noqa: S607
     try:
@@ -173,6 +219,47 @@ def lab(tmp_path: Path) -> Iterator[str]:
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
+
+
+# What each tile must show, by its title.
+OPENED = {
+    "MLflow": "income-classifier",
+    "Feast UI": "Feature Views",
+    "Object store": DATASETS_BUCKET,
+    "Feature server": "serving",
+}
+
+
+def test_each_tile_of_the_launcher_opens_what_it_names(
+    signed_in: BrowserContext, platform: EmbeddedPlatform, lab: str
+) -> None:
+    platform.stop("feast-ui")  # its tile starts it
+    page = signed_in.new_page()
+    page.goto(lab)
+    page.get_by_role("menuitem", name="File", exact=True).click()
+    page.get_by_text("New Launcher", exact=True).click()
+    cards = page.locator(".jp-LauncherCard", has=page.locator("img[src*='server-proxy/icon']"))
+    expect(cards).to_have_count(len(OPENED))
+    keep(page, "lab-launcher")
+    for title, text in OPENED.items():
+        with signed_in.expect_page() as opened:
+            cards.filter(has_text=title).click()
+        expect(opened.value.get_by_text(text).first, title).to_be_visible()
+        assert urlsplit(opened.value.url).port != urlsplit(page.url).port, "below Jupyter's address"
+        keep(opened.value, f"tile-{title.lower().replace(' ', '-')}")
+
+
+def test_lab_shows_no_port_of_this_machine_below_its_address_and_no_tile_to_strangers(
+    platform: EmbeddedPlatform, lab: str
+) -> None:
+    start, login = lab.partition("/lab/")[0], {"token": lab.partition("token=")[2]}
+    port = urlsplit(platform.settings.tracking_uri).port
+    for path in (f"proxy/{port}/health", f"proxy/127.0.0.1:{port}/health", "mlflow/health"):
+        assert requests.get(f"{start}/{path}", params=login, timeout=20).status_code in {403, 404}, path
+    led = requests.get(f"{start}/platform/mlflow", params=login, timeout=60, allow_redirects=False)
+    assert (led.status_code, led.headers["Location"].partition("/#/")[0]) == (302, platform.settings.tracking_uri)
+    led = requests.get(f"{start}/platform/mlflow", timeout=20, allow_redirects=False)
+    assert urlsplit(led.headers["Location"]).path == "/login"
 
 
 def test_lab_opens_at_notebook_1_runs_it_to_its_end_and_git_stays_clean(browser: Browser, lab: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
@@ -71,6 +72,24 @@ def read_page(path: Path) -> Page:
     reader = _Reader()
     reader.feed(path.read_text())
     return reader.page
+
+
+def shown_problems(page: Any, name: str, width: int, *, axe: bool = True) -> list[str]:
+    """List what is wrong with a page that a browser shows: wider than the screen, or something that axe finds.
+
+    Args:
+        page: Playwright's page.
+        name: What to call it.
+        width: The screen's, in pixels.
+    """
+    from axe_playwright_python.sync_playwright import Axe  # only where there is a browser
+
+    wide = page.evaluate("document.documentElement.scrollWidth") > width
+    problems = [f"{name}: wider than the screen"] if wide else []
+    for found in Axe().run(page).response["violations"] if axe else ():
+        where = ", ".join(str(node["target"]) for node in found["nodes"][:3])
+        problems.append(f"{name}: {found['id']}: {found['help']} at {where}")
+    return problems
 
 
 def dead_links(site: Path) -> list[str]:
