@@ -131,27 +131,6 @@ def test_each_link_that_a_notebook_shows_leads_to_what_it_promises(mlflow: Page)
         keep(mlflow, f"link-{words.lower().replace(' ', '-')}")
 
 
-def test_the_feast_ui_shows_the_views_and_the_service(browser: Browser, platform: EmbeddedPlatform) -> None:
-    platform.up(also=["feast-ui"])
-    url = next(service.url for service in platform.status() if service.name == "feast-ui")
-    context = browser.new_context(viewport={"width": 1400, "height": 1000})
-    context.set_default_timeout(PATIENCE_MS)
-    page = context.new_page()
-    page.goto(url)
-    page.get_by_role("link", name="Feature Views").first.click()
-    for name in ("demographic", "occupation", "relationship"):
-        expect(page.get_by_role("link", name=name, exact=True).first).to_be_visible()
-    page.get_by_role("link", name="demographic", exact=True).first.click()
-    for name in ("Sex", "Race", "Native_country"):
-        expect(page.get_by_text(name, exact=True).first).to_be_visible()
-    keep(page, "feast-view")
-    page.get_by_role("link", name="Feature Services").first.click()
-    page.get_by_role("link", name="income_v1", exact=True).first.click()
-    expect(page.get_by_text("Education", exact=True).first).to_be_visible()
-    keep(page, "feast-service")
-    context.close()
-
-
 @pytest.fixture
 def signed_in(browser: Browser, platform: EmbeddedPlatform) -> Iterator[BrowserContext]:
     """A browser whose user types the password wherever it is asked for."""
@@ -161,39 +140,6 @@ def signed_in(browser: Browser, platform: EmbeddedPlatform) -> Iterator[BrowserC
     context.set_default_timeout(PATIENCE_MS)
     yield context
     context.close()
-
-
-def test_the_object_store_is_shown_at_two_widths_in_two_schemes_and_axe_finds_nothing(
-    signed_in: BrowserContext, platform: EmbeddedPlatform
-) -> None:
-    platform.up(also=["feast-ui"])
-    store = s3_client(platform.settings)
-    keys = {
-        f"{bucket}/{entry['Key']}"
-        for bucket in (DATASETS_BUCKET, ARTIFACTS_BUCKET)
-        for entry in store.list_objects_v2(Bucket=bucket)["Contents"]
-    }
-    looked_at = {
-        "buckets": ("", DATASETS_BUCKET),
-        "folder": (f"{DATASETS_BUCKET}/", "Last modified"),
-        "parquet": (min(key for key in keys if key.endswith(".parquet")), "First 20 rows"),
-        "image": (min(key for key in keys if key.endswith(".png")), "The image"),
-        "text": (min(key for key in keys if key.endswith("MLmodel")), "What it holds"),
-        "gone": (f"{DATASETS_BUCKET}/gone.txt", "is not there"),
-    }
-    page, problems = signed_in.new_page(), []
-    page.on("console", lambda message: problems.extend(re.findall(".*Content Security Policy.*", message.text)))
-    for name, (path, text) in looked_at.items():
-        page.goto(f"{platform.url('feast-ui')}/objects/{path}")
-        expect(page.get_by_text(text).first).to_be_visible()
-        if name == "image":
-            assert page.evaluate("document.images[0].naturalWidth") > 100
-        for width, scheme in itertools.product((390, 1280), ("light", "dark")):
-            page.set_viewport_size({"width": width, "height": 900})
-            page.emulate_media(color_scheme=scheme)
-            keep(page, f"objects-{name}-{width}-{scheme}")
-            problems += shown_problems(page, f"{name}, {width}, {scheme}", width)
-    assert problems == []
 
 
 def answers(url: str) -> bool:
@@ -233,7 +179,7 @@ OPENED = {
 def test_each_tile_of_the_launcher_opens_what_it_names(
     signed_in: BrowserContext, platform: EmbeddedPlatform, lab: str
 ) -> None:
-    platform.stop("feast-ui")  # its tile starts it
+    platform.stop("feast-ui")  # which its tile starts; the tests after this one use it
     page = signed_in.new_page()
     page.goto(lab)
     page.get_by_role("menuitem", name="File", exact=True).click()
@@ -280,3 +226,57 @@ def test_lab_opens_at_notebook_1_runs_it_to_its_end_and_git_stays_clean(browser:
     context.close()
     command = ["git", "diff", "--stat", "notebooks/01_explore_data.ipynb"]
     assert subprocess.check_output(command, cwd=find_root(), text=True) == ""
+
+
+def test_the_feast_ui_shows_the_views_and_the_service(browser: Browser, platform: EmbeddedPlatform) -> None:
+    platform.up(also=["feast-ui"])
+    url = next(service.url for service in platform.status() if service.name == "feast-ui")
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    page.goto(url)
+    page.get_by_role("link", name="Feature Views").first.click()
+    for name in ("demographic", "occupation", "relationship"):
+        expect(page.get_by_role("link", name=name, exact=True).first).to_be_visible()
+    page.get_by_role("link", name="demographic", exact=True).first.click()
+    for name in ("Sex", "Race", "Native_country"):
+        expect(page.get_by_text(name, exact=True).first).to_be_visible()
+    keep(page, "feast-view")
+    page.get_by_role("link", name="Feature Services").first.click()
+    page.get_by_role("link", name="income_v1", exact=True).first.click()
+    expect(page.get_by_text("Education", exact=True).first).to_be_visible()
+    keep(page, "feast-service")
+    context.close()
+
+
+def test_the_object_store_is_shown_at_two_widths_in_two_schemes_and_axe_finds_nothing(
+    signed_in: BrowserContext, platform: EmbeddedPlatform
+) -> None:
+    platform.up(also=["feast-ui"])
+    store = s3_client(platform.settings)
+    keys = {
+        f"{bucket}/{entry['Key']}"
+        for bucket in (DATASETS_BUCKET, ARTIFACTS_BUCKET)
+        for entry in store.list_objects_v2(Bucket=bucket)["Contents"]
+    }
+    looked_at = {
+        "buckets": ("", DATASETS_BUCKET),
+        "folder": (f"{DATASETS_BUCKET}/", "Last modified"),
+        "parquet": (min(key for key in keys if key.endswith(".parquet")), "First 20 rows"),
+        "image": (min(key for key in keys if key.endswith(".png")), "The image"),
+        "text": (min(key for key in keys if key.endswith("MLmodel")), "What it holds"),
+        "gone": (f"{DATASETS_BUCKET}/gone.txt", "is not there"),
+    }
+    page, problems = signed_in.new_page(), []
+    page.on("console", lambda message: problems.extend(re.findall(".*Content Security Policy.*", message.text)))
+    for name, (path, text) in looked_at.items():
+        page.goto(f"{platform.url('feast-ui')}/objects/{path}")
+        expect(page.get_by_text(text).first).to_be_visible()
+        if name == "image":
+            assert page.evaluate("document.images[0].naturalWidth") > 100
+        for width, scheme in itertools.product((390, 1280), ("light", "dark")):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme)
+            keep(page, f"objects-{name}-{width}-{scheme}")
+            problems += shown_problems(page, f"{name}, {width}, {scheme}", width)
+    assert problems == []

@@ -257,6 +257,9 @@ class _Ranges(io.RawIOBase):
         self._client, self._bucket, self._key, self._size_bytes = client, bucket, key, size_bytes
         self._at = 0
 
+    def readable(self) -> bool:
+        return True
+
     def tell(self) -> int:
         return self._at
 
