@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,6 @@ def strip_outputs(model: dict[str, Any], path: str, contents_manager: Any, **_: 
 
 
 if "get_config" in globals():  # only where Jupyter reads this
-    from mlplatform_ops.lab_tiles import configure
-
     c = get_config()  # type: ignore[name-defined]  # noqa: F821
     # By name, since Jupyter reads this file twice and would warn of a second function.
     c.ContentsManager.pre_save_hook = "mlplatform_ops.lab_config.strip_outputs"
@@ -49,4 +46,5 @@ if "get_config" in globals():  # only where Jupyter reads this
     c.ServerApp.allow_root = True
     c.KernelManager.transport_encryption = "required"
     c.Application.log_level = "WARN"
-    configure(c, os.environ)
+    # The latter shows the former's tiles, and does not proxy.
+    c.ServerApp.jpserver_extensions = {"jupyter_server_proxy": False, "mlplatform_ops.lab_tiles": True}

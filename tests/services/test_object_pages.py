@@ -38,6 +38,7 @@ ODD = [
     "<img src=x onerror=alert(1)>",
     "50% #1?a=b&c;d+e",
     "%2e%2e",
+    "two\nlines",
     "/".join(["long" * 50] * 4 + ["z" * (1024 - len(FOLDER) - 5 - 4 * 201)]),
 ]
 

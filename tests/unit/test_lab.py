@@ -5,9 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from traitlets.config import Config
+import pytest
+from traitlets.config import PyFileConfigLoader
 
-from mlplatform_ops import lab_tiles
+from mlplatform_ops import lab_config, lab_tiles
 from mlplatform_ops.lab_config import strip_outputs
 
 
@@ -30,17 +31,37 @@ def test_other_files_are_saved_as_they_are() -> None:
     assert model == {"type": "file", "content": "text"}
 
 
-def test_each_tile_leads_to_a_page_of_this_server_and_nothing_is_proxied() -> None:
-    c = Config()
-    lab_tiles.configure(c, {})
-    entries = {name: server["launcher_entry"] for name, server in c.ServerProxy.servers.items()}
-    assert [entry["title"] for entry in entries.values()] == ["MLflow", "Feast UI", "Object store", "Feature server"]
-    for name, entry in entries.items():
-        assert entry["path_info"] == f"platform/{name}"
-        assert Path(entry["icon_path"]).read_text().startswith("<svg ")
-        # With a command or a port, jupyter-server-proxy would show the service under Jupyter's address.
-        assert c.ServerProxy.servers[name].keys() == {"launcher_entry"}
-    assert c.ServerProxy.host_allowlist == []
+class Server:
+    """Takes what an extension adds to a Jupyter server."""
+
+    def __init__(self) -> None:
+        self.web_app = self
+        self.settings = {"base_url": "/lab/"}
+        self.handlers: dict[str, Any] = {}
+
+    def add_handlers(self, _: str, handlers: list[Any]) -> None:
+        self.handlers |= {path: options for path, _, options in handlers}
+
+
+def test_each_tile_leads_to_a_page_of_this_server_and_nothing_is_proxied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BUCKET_PREFIX", raising=False)
+    server = Server()
+    lab_tiles._load_jupyter_server_extension(server)
+    assert server.handlers.keys() == {
+        "/lab/server-proxy/servers-info",
+        "/lab/server-proxy/icon/(.*)",
+        r"/lab/platform/([\w-]+)",
+    }
+    entries = [shown.launcher_entry for shown in server.handlers["/lab/server-proxy/servers-info"]["server_processes"]]
+    assert [entry.title for entry in entries] == ["MLflow", "Feast UI", "Object store", "Feature server"]
+    assert [entry.path_info for entry in entries] == [f"platform/{tile.name}" for tile in lab_tiles.TILES]
+    assert all(Path(entry.icon_path).read_text().startswith("<svg ") for entry in entries)
+
+
+def test_labs_load_the_tiles_and_not_the_proxy() -> None:
+    source = Path(lab_config.__file__)
+    config = PyFileConfigLoader(source.name, path=str(source.parent)).load_config()
+    assert config.ServerApp.jpserver_extensions == {"jupyter_server_proxy": False, "mlplatform_ops.lab_tiles": True}
 
 
 def test_in_a_workshop_the_tiles_are_what_the_user_can_reach() -> None:

@@ -344,7 +344,7 @@ def test_tokens_open_a_users_own_lab_and_feature_server_only(stepped_through: Ro
     assert refused.status_code == 401
     # A page of another user, shown below the address of one's own Lab, could run code there.
     inside = f"http://127.0.0.1:{own[LAB_PORT]}/proxy/{other[FEATURE_PORT]}/health"
-    assert requests.get(inside, headers={"Authorization": lab_token}, timeout=20).status_code == 403
+    assert requests.get(inside, headers={"Authorization": lab_token}, timeout=20).status_code == 404
     bearer = {"Authorization": f"Bearer {other['FEATURE_SERVER_TOKEN']}"}
     assert requests.post(features, headers=bearer, json=question, timeout=20).ok
     assert requests.get(lab, headers={"Authorization": f"token {other[LAB_TOKEN]}"}, timeout=20).ok

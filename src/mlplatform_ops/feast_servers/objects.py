@@ -25,6 +25,7 @@ from urllib.parse import quote, urlencode
 import botocore.exceptions
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.background import BackgroundTask
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -90,7 +91,14 @@ def object_routes(connect: Callable[[], S3Client], *, user: str, password: str) 
             note = f"the object store does not take this address ({error}); begin at the buckets again"
             return _page(404, "Not found", note=note, crumbs=_crumbs("", ""))
 
-    return [Route(path, answer, methods=["GET"]) for path in (ROOT.rstrip("/"), f"{ROOT}{{path:path}}")]
+    register_url_convertor("key", _AnyKey())
+    return [Route(path, answer, methods=["GET"]) for path in (ROOT.rstrip("/"), f"{ROOT}{{path:key}}")]
+
+
+class _AnyKey(PathConvertor):
+    """Takes line ends too, which a key may hold."""
+
+    regex = "(?s:.*)"
 
 
 def page_of(bucket: str, key: str = "", **query: str) -> str:
@@ -151,7 +159,7 @@ def _show_folder(client: S3Client, bucket: str, prefix: str, after: str) -> Resp
         for entry in found.get("Contents", ())
         if entry["Key"] != prefix  # an empty object that stands for the folder
     ]
-    if prefix and not rows and not after:
+    if prefix and not found["KeyCount"] and not after:
         raise MissingObjectError(f"s3://{bucket}/{prefix} holds nothing; begin at the bucket again")
     token = found.get("NextContinuationToken") if found["IsTruncated"] else None
     return _page(
