@@ -6,7 +6,8 @@ what its user may, running code included: whoever can write an artifact of MLflo
 machine, would be one script away from that. At its own address a service has its own origin and its own password,
 MLflow sees the Host header that it expects, and the Feast UI finds its files, which it looks for at `/`.
 
-So this is loaded in place of jupyter-server-proxy's own server extension, whose `/proxy/<port>` no option closes.
+So this is loaded in place of jupyter-server-proxy's own server extension. Its list of allowed hosts does not cover
+`/proxy/<port>`, which would show a page of any port.
 """
 
 from __future__ import annotations
