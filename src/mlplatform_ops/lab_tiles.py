@@ -26,6 +26,7 @@ from jupyter_server_proxy.api import IconHandler, ServersInfoHandler
 from jupyter_server_proxy.config import ServerProcess
 from tornado.web import HTTPError, authenticated
 
+from mlplatform import table
 from mlplatform.errors import PlatformError, service_down
 from mlplatform.settings import ANSWER_TIMEOUT_S, state_folder
 
@@ -64,7 +65,7 @@ It answers programs that send its token. Notebook 6 shows how; in a terminal of 
 
 curl -s -X POST "$FEATURE_SERVER_URL/get-online-features" \\
   -H "Content-Type: application/json" -H "Authorization: Bearer $FEATURE_SERVER_TOKEN" \\
-  -d '{"features": ["demographic:Sex"], "entities": {"user_id": ["9f2ac416-06e1-44a0-87bd-d4787c85bf66"]}}'
+  -d '{"feature_service": "%s", "entities": {"%s": ["an id"]}}'
 """
 
 
@@ -93,7 +94,8 @@ class TilePage(JupyterHandler):
                 self.redirect(url + tile.page)
                 return
             self.set_header("Content-Type", "text/plain; charset=utf-8")
-            self.write(await asyncio.to_thread(health, tile, url) + ASKED)
+            described = table.current()
+            self.write(await asyncio.to_thread(health, tile, url) + ASKED % (described.service, described.entity.key))
         except PlatformError as error:
             raise HTTPError(503, str(error)) from None
 
