@@ -276,7 +276,7 @@ def test_jupyterlab_opens_for_its_token_alone_and_shows_it_once(embedded: Embedd
             assert not any(token in word for word in psutil.Process(lab.pid).cmdline())
         finally:
             lab.terminate()
-            lab.wait(20)
+            lab.wait(100)
 
 
 def wait_for_line(path: str, beginning: str) -> str:
