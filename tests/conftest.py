@@ -30,6 +30,8 @@ class _Halves(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
+        if path == "tests/browser/test_site_in_browser.py":
+            return nodeid  # a minute each, and they share nothing
         return "notebooks" if "executed: " in (ROOT / path).read_text() else path
 
 

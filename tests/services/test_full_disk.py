@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -49,13 +50,13 @@ def test_a_full_disk_under_the_servers_is_named_and_freed_all_goes_on(disk: Disk
 
     def call(code: str) -> str:
         began = time.monotonic()
-        said = disk.run(
-            sys.executable, "-c", f"from mlplatform import connect; connect(); {code}", **{STATE_VARIABLE: str(state)}
-        ).stdout
+        said = python(f"from mlplatform import connect; connect(); {code}")
         sys.stderr.write(f"{time.monotonic() - began:.1f} s: {(said.strip().splitlines() or ['done'])[-1]}\n")
         return said
 
-    try:
+    with contextlib.ExitStack() as stack:
+        python = stack.enter_context(disk.interpreter(**{STATE_VARIABLE: str(state)}))
+        stack.callback(command, "down")
         deadline = time.monotonic() + BOUND_S
         while (outcome := command("up")).returncode:
             assert time.monotonic() < deadline, outcome.stdout
@@ -86,5 +87,3 @@ def test_a_full_disk_under_the_servers_is_named_and_freed_all_goes_on(disk: Disk
                 assert time.monotonic() - freed < BOUND_S, said[-1500:]
             sys.stderr.write(f"{what} writes within {time.monotonic() - freed:.1f} s\n")
         assert disk.run("cat", f"{state}/settings.json").stdout == kept
-    finally:
-        command("down")
