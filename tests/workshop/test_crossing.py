@@ -148,14 +148,10 @@ def online(settings: Settings) -> int:
 
 
 def everything(settings: Settings) -> tuple[Any, ...]:
-    model = ask(
-        settings,
-        "GET",
-        "api/2.0/mlflow/registered-models/get",
-        workspace=settings.workspace,
-        name=table.current().model,
-    ).json()
-    return objects(settings), experiments(settings), runs(settings), model, online(settings)
+    route, named = "api/2.0/mlflow/registered-models/get", {"name": table.current().model}
+    answer = ask(settings, "GET", route, workspace=settings.workspace, **named)
+    assert answer.ok, f"{settings.workspace}: {answer.status_code} {answer.text}"
+    return objects(settings), experiments(settings), runs(settings), answer.json(), online(settings)
 
 
 def test_the_same_notebooks_find_the_same_for_everybody(stepped_through: Room) -> None:
@@ -367,25 +363,6 @@ def in_a_lab(user: User, code: str) -> str:
     return str(said["content"].get("text") or said["content"]["evalue"])
 
 
-def test_a_lab_runs_notebooks_as_its_user_and_no_port_leads_to_their_kernels(room: Room) -> None:
-    user = room.users[2]
-    # On one port a kernel takes what its subprocesses print, and only with a secret that it tells them.
-    code = (
-        "from mlplatform.connection import connect; "
-        "print(connect().workspace, __import__('os').getcwd(), get_ipython().kernel.iopub_thread._pipe_port)"
-    )
-    *said, output_port = in_a_lab(user, code).split()
-    assert said == [user.name, str(user.folder(room.state) / WORK)]
-    kernels = [process for process in processes_of(room.state) if "ipykernel_launcher" in process.cmdline()]
-    assert kernels
-    open_ports = [
-        found.laddr.port for process in kernels for found in process.net_connections("inet") if not found.raddr
-    ]
-    assert open_ports == [int(output_port)]
-    workshop.reset(room.state, user.name)
-    assert [process for process in kernels if process.is_running() and process.status() != "zombie"] == []
-
-
 PEEK = """
 import json, os, pathlib, sys
 found = {}
@@ -454,6 +431,25 @@ def test_a_reset_empties_one_users_part_and_leaves_the_others(stepped_through: R
     assert [everything(stepped_through.settings(place)) for place in (0, 2)] == kept
     named = {"name": "income-classifier"}
     assert ask(settings, "POST", "api/2.0/mlflow/experiments/create", workspace=settings.workspace, **named).ok
+
+
+def test_a_lab_runs_notebooks_as_its_user_and_no_port_leads_to_their_kernels(room: Room) -> None:
+    user = room.users[2]
+    # On one port a kernel takes what its subprocesses print, and only with a secret that it tells them.
+    code = (
+        "from mlplatform.connection import connect; "
+        "print(connect().workspace, __import__('os').getcwd(), get_ipython().kernel.iopub_thread._pipe_port)"
+    )
+    *said, output_port = in_a_lab(user, code).split()
+    assert said == [user.name, str(user.folder(room.state) / WORK)]
+    kernels = [process for process in processes_of(room.state) if "ipykernel_launcher" in process.cmdline()]
+    assert kernels
+    open_ports = [
+        found.laddr.port for process in kernels for found in process.net_connections("inet") if not found.raddr
+    ]
+    assert open_ports == [int(output_port)]
+    workshop.reset(room.state, user.name)
+    assert [process for process in kernels if process.is_running() and process.status() != "zombie"] == []
 
 
 def test_more_users_join_and_those_who_are_in_keep_what_they_have(stepped_through: Room) -> None:
