@@ -32,7 +32,7 @@ try:
         progress("02_train_models", 0)
         for done in (1, 2, 3):
             progress("02_train_models", done)
-            time.sleep(0.4)
+            time.sleep(0.3)
             say(f"mlflow answers at http://127.0.0.1:5000/a/path/that/is/wider/than/the/terminal ({done})")
         if sys.argv[2] == "stop":
             raise KeyboardInterrupt
