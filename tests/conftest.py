@@ -18,6 +18,8 @@ from mlplatform_ops.embedded.platform import EmbeddedPlatform
 
 hasten_feast()
 ROOT = Path(__file__).parent.parent
+# Files whose tests may run apart, each of which takes its time.
+SHARE_NOTHING = ("tests/browser/test_site_in_browser.py", "tests/unit/test_progress.py")
 
 
 class _Halves(LoadScopeScheduling):
@@ -30,6 +32,8 @@ class _Halves(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
+        if path in SHARE_NOTHING:
+            return nodeid
         return "notebooks" if "executed: " in (ROOT / path).read_text() else path
 
 
