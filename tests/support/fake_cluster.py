@@ -12,7 +12,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -334,6 +334,9 @@ class _Forwarding:
 
     def _close(self, stream: int) -> None:
         if backend := self._streams.pop(stream, None):
+            # Closed alone, it stays open for as long as `_give` waits in `recv`, and the backend waits with it.
+            with suppress(OSError):
+                backend.shutdown(socket.SHUT_RDWR)
             backend.close()
 
     def _control(self, kind: int, body: bytes) -> None:
