@@ -32,16 +32,10 @@ from mlplatform.history import STEADY_USER
 from mlplatform.settings import find_root
 from mlplatform_ops.ports import free_port
 
-PERSON = {
-    "Workclass": "Private",
-    "Education": "Bachelors",
-    "Marital-Status": "Never-married",
-    "Occupation": "Sales",
-    "Relationship": "Own-child",
-    "Race": "White",
-    "Sex": "Male",
-    "Native_country": "United-States",
-}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from people import PERSON
+
 PEOPLE = {"people": [PERSON]}
 CLIENTS = (1, 8, 32)
 TOKEN = os.environ.get("BENCHMARK_TOKEN", "")
