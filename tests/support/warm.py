@@ -8,8 +8,9 @@ import sys
 import traceback
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import CompletedProcess, TimeoutExpired
 
+BOUND_S = 300
 PRELOADED = [
     "boto3",
     "feast.cli.cli",
@@ -33,8 +34,11 @@ def run_code(code: str, folder: Path) -> CompletedProcess[str]:
     said = folder / "said"
     process = context().Process(target=_run, args=(code, folder, dict(os.environ), said))
     process.start()
-    process.join()
-    return CompletedProcess(code, process.exitcode or 0, said.read_text(), "")
+    process.join(BOUND_S)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutExpired(code, BOUND_S, said.read_text())
+    return CompletedProcess(code, process.exitcode or 0, said.read_text())
 
 
 def _run(code: str, folder: Path, environ: dict[str, str], said: Path) -> None:

@@ -154,7 +154,7 @@ def questions(draw: st.DrawFn) -> tuple[pd.DataFrame, pd.DataFrame]:
     return make_versions(rows), entity_df
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=questions())
 def test_every_row_asked_gets_what_another_as_of_join_gives(repo: Repo, drawn):
     versions, entity_df = drawn

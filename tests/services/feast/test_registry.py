@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import PIPE, STDOUT, CompletedProcess
 
 import dill
 import pytest
@@ -46,8 +48,8 @@ def with_function(body: bytes, repo: Path, mark: Path) -> bytes:
     return registry.SerializeToString()
 
 
+FEAST = Path(sys.executable).with_name("feast")
 READERS = {
-    "feast": "from feast.cli.cli import cli; cli(['feature-views', 'list'])",
     "notebook": "from mlplatform import features; features.open_store(pathlib.Path.cwd())",
     "UI": "from mlplatform_ops.feast_servers.feature_ui import main; main(['--port', '0'])",
     "feature server": (
@@ -62,7 +64,13 @@ READERS = {
 SIGN = "import sys; from mlplatform.feast_plugins.registry_store import main; sys.argv = ['', '.']; main()"
 
 
+def run_command(*words: str | Path, folder: Path) -> CompletedProcess[str]:
+    return subprocess.run(words, cwd=folder, stdout=PIPE, stderr=STDOUT, text=True, check=False, timeout=300)
+
+
 def read_by(reader: str, repo: Path) -> CompletedProcess[str]:
+    if reader == "feast":
+        return run_command(FEAST, "feature-views", "list", folder=repo)
     return run_code(f"import pathlib, sys; {READERS[reader]}", repo)
 
 
@@ -104,7 +112,7 @@ def test_every_reader_refuses_a_registry_without_digest_in_one_line(repo: Path, 
 
 def test_a_registry_of_earlier_gets_its_digest_by_one_command(repo: Path):
     objectstore.write_bytes(verified(objectstore.read_bytes(uri(repo)), ""), uri(repo))
-    done = run_code(SIGN, repo)
+    done = run_command(sys.executable, "-m", "mlplatform.feast_plugins.registry_store", ".", folder=repo)
     assert done.stdout.endswith("has a digest now\n"), done.stderr
     assert features.open_store(repo).list_feature_views()
 
@@ -136,8 +144,7 @@ def loud(inputs: pd.DataFrame) -> pd.DataFrame:
 
 def test_a_function_that_the_repository_brings_is_handed_on_with_the_repositorys_own_pickle(repo: Path, tmp_path: Path):
     (repo / "loud.py").write_text(FUNCTION)
-    apply = "from feast.cli.cli import cli; cli(['apply'])"
-    applied = run_code(apply, repo)
+    applied = run_command(FEAST, "apply", folder=repo)
     assert applied.returncode == 0, applied.stdout
     registry = Registry.FromString(verified(objectstore.read_bytes(uri(repo)), ""))
     function = registry.on_demand_feature_views[0].spec.feature_transformation.user_defined_function
@@ -155,7 +162,7 @@ def test_a_function_that_the_repository_brings_is_handed_on_with_the_repositorys
     (repo / "loud.py").write_text(FUNCTION.replace("upper", "lower"))
     with pytest.raises(RegistryError, match="brings code that feature_repo does not have, in registry/loud"):
         features.open_store(repo)
-    applied = run_code(apply, repo)
+    applied = run_command(FEAST, "apply", folder=repo)
     assert applied.returncode == 0, applied.stdout
     assert features.open_store(repo).list_on_demand_feature_views()
 
