@@ -16,10 +16,10 @@ from mlplatform.settings import (
     CLIENT_DEFAULTS,
     CONNECT_TIMEOUT_S,
     S3_ANSWER_TIMEOUT_S,
-    S3_ATTEMPTS,
     Settings,
     find_settings,
     missing_variables,
+    s3_attempts,
     state_folder,
 )
 from mlplatform.sharing import name_buckets
@@ -101,10 +101,7 @@ def limit_waiting() -> None:
     from urllib3.exceptions import ReadTimeoutError
     from urllib3.util.retry import Retry
 
-    defaults: dict[str, Any] = botocore.config.Config.OPTION_DEFAULTS
-    defaults["connect_timeout"] = CONNECT_TIMEOUT_S
-    defaults["read_timeout"] = S3_ANSWER_TIMEOUT_S
-    defaults["retries"] = {"total_max_attempts": S3_ATTEMPTS, "mode": "standard"}
+    botocore.config.Config.OPTION_DEFAULTS.update(_s3_limits())
     asks_again = Retry.increment
     if getattr(asks_again, "limited", False):
         return
@@ -152,11 +149,6 @@ def s3_client(settings: Settings | None = None, *, config: Config | None = None)
     from botocore.config import Config
 
     name_buckets()
-    limits = Config(
-        connect_timeout=CONNECT_TIMEOUT_S,
-        read_timeout=S3_ANSWER_TIMEOUT_S,
-        retries={"total_max_attempts": S3_ATTEMPTS, "mode": "standard"},
-    )
     named: dict[str, str] = {}
     if settings is not None:
         named = {
@@ -165,8 +157,16 @@ def s3_client(settings: Settings | None = None, *, config: Config | None = None)
             "aws_secret_access_key": settings.secret_key,
             "region_name": settings.region,
         }
-    client: S3Client = boto3.session.Session().client("s3", config=config or limits, **named)  # type: ignore[call-overload]
+    client: S3Client = boto3.session.Session().client("s3", config=config or Config(**_s3_limits()), **named)  # type: ignore[call-overload]
     return client
+
+
+def _s3_limits() -> dict[str, Any]:
+    return {
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "read_timeout": S3_ANSWER_TIMEOUT_S,
+        "retries": {"total_max_attempts": s3_attempts(), "mode": "standard"},
+    }
 
 
 def probe_object_store(settings: Settings, timeout_s: float) -> None:

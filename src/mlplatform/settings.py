@@ -36,7 +36,6 @@ CONNECT_TIMEOUT_S = 3
 ANSWER_TIMEOUT_S = 8
 # The object store's client and the online store's each ask again by themselves.
 S3_ANSWER_TIMEOUT_S = 4
-S3_ATTEMPTS = 2
 REDIS_ANSWER_TIMEOUT_S = 1
 
 # What every client of the platform is set to. No library sends usage data or asks a cloud for this machine's identity,
@@ -77,6 +76,7 @@ class Settings:
         access_key: The object store's access key id.
         secret_key: The object store's secret access key.
         region: The object store's region; any name will do for a local one.
+        s3_attempts: How often a client of the object store asks before it gives up; twice if empty.
         bucket_prefix: What the store's own names of buckets begin with; empty where the store is not shared.
         redis: The online store in Feast's form, `host:port,password=...`.
         feature_server: The Feast feature server, as `http://host:port`.
@@ -95,6 +95,7 @@ class Settings:
     access_key: str = _variable("AWS_ACCESS_KEY_ID")
     secret_key: str = _variable("AWS_SECRET_ACCESS_KEY", secret=True)
     region: str = _variable("AWS_DEFAULT_REGION")
+    s3_attempts: str = _variable("AWS_MAX_ATTEMPTS", optional=True)
     bucket_prefix: str = _variable("BUCKET_PREFIX", optional=True)
     redis: str = _variable("REDIS_CONNECTION_STRING", secret=True)
     feature_server: str = _variable("FEATURE_SERVER_URL")
@@ -149,6 +150,18 @@ REQUIRED = tuple(entry.metadata["variable"] for entry in fields(Settings) if not
 def missing_variables(environ: Mapping[str, str]) -> list[str]:
     """List the standard variables that are missing or empty; those of the endpoint may be."""
     return [name for name in REQUIRED if not environ.get(name)]
+
+
+def s3_attempts(environ: Mapping[str, str] = os.environ) -> int:
+    """Read how often a client of the object store asks before it gives up.
+
+    Raises:
+        SettingsError: `AWS_MAX_ATTEMPTS` is no count.
+    """
+    wanted = environ.get("AWS_MAX_ATTEMPTS") or "2"
+    if not wanted.isdigit() or not int(wanted):
+        raise SettingsError(f"AWS_MAX_ATTEMPTS={wanted} is no count; set it to 1 or more")
+    return int(wanted)
 
 
 def find_root(start: Path | None = None) -> Path:

@@ -27,6 +27,7 @@ from manifests import compose
 from sqlalchemy import make_url
 
 from mlplatform.errors import ClusterError, PortTakenError
+from mlplatform.settings import s3_attempts
 from mlplatform_ops.cluster.api import looks_like_production
 from mlplatform_ops.cluster.cluster import Cluster
 from mlplatform_ops.cluster.credentials import GROUPS, PREVIOUS, changed_values, derived_files, write_secrets
@@ -645,6 +646,7 @@ def test_forwarding_gives_settings_with_the_clusters_credentials(
     secrets = read_env(overlay / "secrets" / "client.env")
     with cluster.forwarded({}) as settings:
         assert settings.tracking_username == secrets["MLFLOW_TRACKING_USERNAME"]
+        assert int(settings.to_env()["AWS_MAX_ATTEMPTS"]) > s3_attempts({})
         assert settings.redis.endswith(secrets["REDIS_CONNECTION_STRING"].split(",")[1])
         assert _ask(int(settings.tracking_uri.rsplit(":", 1)[1])) == "mlflow-0:5000"
         assert _ask(int(settings.s3_endpoint.rsplit(":", 1)[1])) == "minio-0:9000"

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
-from mlplatform.connection import connect
+from mlplatform.connection import connect, s3_client
 from mlplatform.errors import ServiceDownError, SettingsError
 from mlplatform.settings import REQUIRED, Settings, read_settings, state_folder
+from mlplatform_ops.cluster.forwards import S3_ATTEMPTS
 from mlplatform_ops.ports import free_port
 
 COMPLETE = {
@@ -66,6 +70,41 @@ def test_a_connection_string_that_feast_does_not_read_is_an_error_that_tells_no_
     with pytest.raises(SettingsError, match=r"set it to host:port,password=\.\.\.$") as caught:
         connect(COMPLETE | {"REDIS_CONNECTION_STRING": connection})
     assert "hush" not in str(caught.value)
+
+
+class _EmptyStore(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<ListAllMyBucketsResult/>")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_client_asks_as_often_as_it_is_told_while_a_dropped_forward_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = Settings.from_env(COMPLETE | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"})
+    port = int(settings.s3_endpoint.rsplit(":", 1)[1])
+
+    def open_later() -> None:
+        time.sleep(1.5)
+        with HTTPServer(("127.0.0.1", port), _EmptyStore) as server:
+            server.handle_request()
+
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", str(S3_ATTEMPTS))
+    thread = threading.Thread(target=open_later, daemon=True)
+    thread.start()
+    assert s3_client(settings).list_buckets()["ResponseMetadata"]["HTTPStatusCode"] == 200
+    thread.join()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_a_number_of_attempts_that_is_none_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", value)
+    with pytest.raises(SettingsError, match=f"AWS_MAX_ATTEMPTS={value} is no count; set it to 1 or more"):
+        s3_client(Settings.from_env(COMPLETE))
 
 
 def test_the_state_folder_is_found_from_any_folder_of_the_clone() -> None:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import duckdb
 
 from mlplatform.errors import CredentialsError, DataError, MissingObjectError, ServiceDownError
-from mlplatform.settings import S3_ANSWER_TIMEOUT_S, S3_ATTEMPTS
+from mlplatform.settings import S3_ANSWER_TIMEOUT_S, s3_attempts
 
 _NEXT = "write it ('make features' writes the platform's own), or check the source's path"
 
@@ -40,7 +40,8 @@ def _database(secret: str) -> duckdb.DuckDBPyConnection:
     duck.execute("SET TimeZone = 'UTC'")
     # Its own would wait for half a minute, four times, for a store that hangs.
     duck.execute(f"SET http_timeout = {S3_ANSWER_TIMEOUT_S:.0f}")
-    duck.execute(f"SET http_retries = {S3_ATTEMPTS - 1}")
+    duck.execute(f"SET http_retries = {s3_attempts() - 1}")
+    duck.execute("SET http_retry_wait_ms = 200; SET http_retry_backoff = 2")
     duck.execute(secret)
     return duck
 

@@ -27,6 +27,9 @@ SERVICES = {
     "feature-server": SERVICE_PORTS["feature-server"],
 }
 
+# A dropped forward refuses connections until kubectl has started again, a second or two of which a client waits.
+S3_ATTEMPTS = 6
+
 
 class Forward:
     """One forwarded port, which stays open when the pod behind it is replaced.
@@ -175,6 +178,7 @@ def forwarded_settings(secrets: Mapping[str, str], ports: Mapping[str, int]) -> 
         {
             **secrets,
             "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": str(S3_ATTEMPTS),
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['minio-service']}",
             "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['mlflow']}",
             "REDIS_CONNECTION_STRING": f"127.0.0.1:{ports['redis']},{redis}",
