@@ -11,7 +11,7 @@ import exercises
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from mlplatform.connection import hasten_feast
+from mlplatform.clients.hastening import hasten_feast
 from mlplatform.settings import STATE_VARIABLE, VARIABLES, Settings
 from mlplatform_ops import runner as notebooks
 from mlplatform_ops.embedded.platform import EmbeddedPlatform

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import warnings
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mlplatform.clients.hastening import hasten_feast
+from mlplatform.clients.sharing import name_buckets
+from mlplatform.clients.waiting import limit_waiting, s3_limits
 from mlplatform.errors import ServiceDownError, credentials_refused, service_down
 from mlplatform.settings import (
     CLIENT_DEFAULTS,
-    CONNECT_TIMEOUT_S,
-    S3_ANSWER_TIMEOUT_S,
     Settings,
     find_settings,
     missing_variables,
-    s3_attempts,
     state_folder,
 )
-from mlplatform.sharing import name_buckets
 
 if TYPE_CHECKING:
     from botocore.config import Config
@@ -76,48 +74,6 @@ def _supervisor_was_killed(state: Path) -> bool:
     return False
 
 
-def hasten_feast() -> None:
-    """Make `import feast` three times as fast in this process; call it before the import.
-
-    While Feast 0.67 is imported, typeguard compiles 260 functions a second time to check argument types. That takes
-    2.5 of 3.9 s. MLflow's first request imports Feast too, because Feast adds a header to it, so every notebook waits.
-    """
-    import typeguard
-
-    def typechecked(target: Any = None, **_: object) -> Any:
-        return target if target is not None else typechecked
-
-    typeguard.typechecked = typechecked
-
-
-def limit_waiting() -> None:
-    """Let libraries of this process give up on a service that hangs; call it before they make their clients.
-
-    MLflow's client and others on urllib3 would send a request that was not answered in time again and again. It may
-    have been carried out, so it is sent once; a refused connection is tried again as before, a full disk is not. Feast
-    and MLflow make S3 clients without a limit of their own, and botocore waits for a minute, five times.
-    """
-    import botocore.config
-    from urllib3.exceptions import ReadTimeoutError
-    from urllib3.util.retry import Retry
-
-    botocore.config.Config.OPTION_DEFAULTS.update(_s3_limits())
-    asks_again = Retry.increment
-    if getattr(asks_again, "limited", False):
-        return
-
-    def increment(self: Retry, *arguments: Any, **named: Any) -> Retry:
-        if isinstance(named.get("error"), ReadTimeoutError):
-            raise named["error"]
-        answer = named.get("response")
-        if answer is not None and answer.status == 503 and b"disk is full" in answer.data:
-            raise OSError(errno.ENOSPC, "no space left where the MLflow server keeps its database; free some")
-        return asks_again(self, *arguments, **named)
-
-    increment.limited = True  # type: ignore[attr-defined]
-    Retry.increment = increment  # type: ignore[method-assign, assignment]
-
-
 def check_services(settings: Settings, *, timeout_s: float = 3.0) -> None:
     """Send each service one request that needs the credentials, all at the same time.
 
@@ -157,16 +113,8 @@ def s3_client(settings: Settings | None = None, *, config: Config | None = None)
             "aws_secret_access_key": settings.secret_key,
             "region_name": settings.region,
         }
-    client: S3Client = boto3.session.Session().client("s3", config=config or Config(**_s3_limits()), **named)  # type: ignore[call-overload]
+    client: S3Client = boto3.session.Session().client("s3", config=config or Config(**s3_limits()), **named)  # type: ignore[call-overload]
     return client
-
-
-def _s3_limits() -> dict[str, Any]:
-    return {
-        "connect_timeout": CONNECT_TIMEOUT_S,
-        "read_timeout": S3_ANSWER_TIMEOUT_S,
-        "retries": {"total_max_attempts": s3_attempts(), "mode": "standard"},
-    }
 
 
 def probe_object_store(settings: Settings, timeout_s: float) -> None:

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from mlplatform.connection import UNSUPERVISED, check_services, connect, hasten_feast, limit_waiting
+from mlplatform.clients.hastening import hasten_feast
+from mlplatform.clients.waiting import limit_waiting
+from mlplatform.connection import UNSUPERVISED, check_services, connect
 from mlplatform.errors import NotebookError, PlatformError
 from mlplatform.settings import (
     CHAMPION,

@@ -17,7 +17,7 @@ from mlplatform_ops.runner import require_group
 
 # What a worker does first; Dask takes text with blanks in it for code.
 _PRELOAD = """
-from mlplatform.connection import hasten_feast
+from mlplatform.clients.hastening import hasten_feast
 hasten_feast()
 from mlplatform.feast_plugins.distributed import dask_setup
 """

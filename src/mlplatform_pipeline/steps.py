@@ -20,7 +20,7 @@ import yaml
 from sklearn.base import clone
 
 from mlplatform import feature_client, history, income, lineage, modeling, objectstore, registry, table, tracking
-from mlplatform.connection import hasten_feast
+from mlplatform.clients.hastening import hasten_feast
 from mlplatform.errors import DataError, PlatformError, RegistryError
 from mlplatform.history import EVENT_TIMESTAMP
 from mlplatform.monitoring import drift_watch

@@ -11,7 +11,8 @@ import os
 import sys
 import tempfile
 
-from mlplatform.connection import hasten_feast, limit_waiting
+from mlplatform.clients.hastening import hasten_feast
+from mlplatform.clients.waiting import limit_waiting
 from mlplatform.errors import PlatformError
 from mlplatform.serving.endpoint_log import FOLDER
 from mlplatform.serving.model_client import TOKEN_VARIABLE

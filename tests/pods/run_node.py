@@ -40,7 +40,7 @@ from images import REPOSITORY, make_roots, stand_ins
 from manifests import compose, render
 from run_pods import leave_the_machines_network, unshare_mounts
 
-from mlplatform.connection import hasten_feast
+from mlplatform.clients.hastening import hasten_feast
 from mlplatform.errors import ClusterError
 from mlplatform_ops import runner as notebooks
 from mlplatform_ops.cluster.cluster import Cluster

@@ -65,7 +65,7 @@ def fetch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[ModelVersion, P
     """Verify a folder as if it had been downloaded."""
 
     def call(entry: ModelVersion, files: Path) -> Path:
-        monkeypatch.setattr(signing, "_download", lambda *_: files)
+        monkeypatch.setattr("mlplatform.promotion.signing._download", lambda *_: files)
         return signing.fetch_verified(entry, files.parent)
 
     return call
@@ -162,7 +162,7 @@ def test_a_widened_list_of_trusted_types_is_refused_and_never_believed(files: Pa
 def test_a_type_that_is_not_on_our_list_is_refused_even_when_signed(
     files: Path, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signing, "TRUSTED_TYPES", [])
+    monkeypatch.setattr("mlplatform.promotion.signing.TRUSTED_TYPES", [])
     with pytest.raises(UntrustedModelError, match=r"sklearn\.tree\._tree\.Tree, which are not on our list"):
         fetch(signed(files), files)
 

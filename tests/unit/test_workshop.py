@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from mlplatform.clients.sharing import stored_at
 from mlplatform.connection import s3_client
 from mlplatform.settings import Settings, read_settings
-from mlplatform.sharing import stored_at
 from mlplatform_ops.embedded import users
 from mlplatform_ops.embedded.services import auth_config, s3_config, valkey_config
 

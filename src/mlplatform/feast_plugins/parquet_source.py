@@ -18,9 +18,9 @@ from feast.data_format import ParquetFormat
 from feast.data_source import DataSource
 from feast.repo_config import RepoConfig
 
+from mlplatform.clients.sharing import stored_at
 from mlplatform.errors import DataError
 from mlplatform.feast_plugins.duckdb_s3 import duckdb_errors, quote_name, quote_text
-from mlplatform.sharing import stored_at
 
 _GLOB = re.compile(r"[*?\[]")
 _TIMES = re.compile(r"TIMESTAMP|DATETIME")
