@@ -270,6 +270,14 @@ def test_two_keys_ties_ranges_and_other_names_give_what_a_look_through_all_rows_
     assert plain(ranged["word"]) == [expected_visit(stored, *row, has_created) for row in known]
 
 
+def test_keys_of_one_hash_are_told_apart(two_versions, monkeypatch):
+    users, moments = ["ann", "bob", "cy", "ann"], [0, 0, 0, 2]
+    entity_df = pd.DataFrame({"user_id": users, "event_timestamp": [START + pd.Timedelta(d, "D") for d in moments]})
+    monkeypatch.setattr(point_in_time, "_hash", lambda _: "0")
+    entity_df["event_timestamp"] += pd.Timedelta(6, "us")
+    assert plain(two_versions.ask(entity_df)["job"]) == ["cook", "smith", None, "baker"]
+
+
 def test_a_value_counts_from_its_very_microsecond_to_its_ttl_and_no_longer(two_versions):
     last = START + pd.Timedelta(days=1)
     moments = [START - pd.Timedelta(1, "us"), START, last + TTL, last + TTL + pd.Timedelta(1, "us")]

@@ -21,6 +21,7 @@ from mlplatform.feast_plugins.parquet_source import ParquetFile, as_declared, sa
 
 # Names of our own inside a query; no feature is called like that.
 ROW = "__row"
+KEY = "__key"
 AT = "__at"
 PLACE = "__place"
 WRITTEN = "__written"
@@ -90,8 +91,9 @@ class Lookup:
 
         Stack the file's rows and the questions, sort each key's by time with rows before questions of the same
         moment, and give each question the last row above it. DuckDB's own ASOF JOIN gives the same answer in time
-        that grows with the square of the rows (1.5.5, 300,000 rows of 280,000 keys: 82 s against 0.3 s). Only the
-        rows' numbers go through the sort; whoever asks takes the values by them.
+        that grows with the square of the rows (1.5.5, 300,000 rows of 280,000 keys: 82 s against 0.3 s). Only numbers
+        go through the sort, and hashes in place of the keys, which halves its time; whoever asks takes the values by
+        the rows' numbers.
 
         Args:
             duck: Where `asked` is registered.
@@ -101,19 +103,30 @@ class Lookup:
         Returns:
             The file's rows, and for each question the place of its row in them, null for none.
         """
-        rows = self._read(duck, in_order=created_before)
-        found = duck.sql(self._written_before() if created_before else self._last_above()).to_arrow_table()
-        if not created_before and pa.compute.any(found.column(TIED)).as_py():
-            # Rare, and dear: let the rows' content decide.
-            rows = self._read(duck, in_order=True)
-            found = duck.sql(self._last_above(in_order=True)).to_arrow_table()
-        found = found.select([ROW, PLACE]).drop_null()
-        places = np.full(len(asked), -1)
-        places[found.column(ROW).to_numpy()] = found.column(PLACE).to_numpy()
-        answer = pa.array(places, mask=places < 0)
+        # The first way is right unless two rows of a key have one moment, or two keys one hash: rare, and dear.
+        for exact in (created_before, True):
+            rows = self._read(duck, in_order=exact)
+            query = self._written_before() if created_before else self._last_above(exact=exact)
+            found = duck.sql(query).to_arrow_table()
+            tied = not exact and pa.compute.any(found.column(TIED)).as_py()
+            found = found.select([ROW, PLACE]).drop_null()
+            places = np.full(len(asked), -1)
+            places[found.column(ROW).to_numpy()] = found.column(PLACE).to_numpy()
+            answer = pa.array(places, mask=places < 0)
+            if exact or not (tied or self._confuses(duck, rows, asked, answer)):
+                break
         age = pa.compute.subtract(asked.column(AT), rows.column(AT).take(answer))
         oldest = self.ttl // timedelta(microseconds=1) if self.ttl else np.iinfo(np.int64).max
         return rows, pa.compute.if_else(pa.compute.less_equal(age, oldest), answer, None)
+
+    def _confuses(self, duck: duckdb.DuckDBPyConnection, rows: pa.Table, asked: pa.Table, places: pa.Array) -> bool:
+        """Say whether a question got the row of another key."""
+        names = list(zip(self._key_names, self.keys.values(), strict=True))
+        pairs = {known: _take(rows.column(known), places) for known, _ in names}
+        duck.register("pairs", pa.table(pairs | {name: asked.column(name) for _, name in names} | {PLACE: places}))
+        differ = [f"{known} IS DISTINCT FROM {quote_name(name)}" for known, name in names]
+        query = f"SELECT 1 FROM pairs WHERE {PLACE} IS NOT NULL AND ({' OR '.join(differ)}) LIMIT 1"  # noqa: S608
+        return bool(names) and duck.sql(query).fetchone() is not None
 
     def _read(self, duck: duckdb.DuckDBPyConnection, *, in_order: bool) -> pa.Table:
         """Read the file's rows into the table `known`, numbered; in the order in which rows of one moment count."""
@@ -132,23 +145,26 @@ class Lookup:
         duck.register("known", rows)
         return rows
 
-    def _last_above(self, *, in_order: bool = False) -> str:
-        names = self._key_names
-        known = ", ".join([*names, AT, f"NULL::BIGINT AS {ROW}", PLACE])
+    def _last_above(self, *, exact: bool) -> str:
+        names = ", ".join(self._key_names)
+        known = ", ".join([*self._key_names, AT, f"NULL::BIGINT AS {ROW}", PLACE])
         asked = ", ".join([*map(quote_name, self.keys.values()), AT, ROW, "NULL"])
-        partition = f"PARTITION BY {', '.join(names)}" if names else ""
-        tied = f"{PLACE} + lag({PLACE}) OVER above IS NOT NULL AND lag({AT}) OVER above = {AT}"
+        partition = f"PARTITION BY {names if exact else KEY}" if names else ""
+        # Of two rows of one moment the later is marked; they follow each other, since questions come after rows.
+        tied = f"{PLACE} IS NOT NULL AND lag(CASE WHEN {PLACE} IS NOT NULL THEN {AT} END) OVER above = {AT}"
         return f"""
             SELECT * FROM (
                 SELECT {ROW}, last_value({PLACE} IGNORE NULLS) OVER above AS {PLACE}
-                    {"" if in_order else f", {tied} AS {TIED}"}
-                FROM (SELECT {known} FROM known UNION ALL SELECT {asked} FROM asked)
+                    {"" if exact else f", {tied} AS {TIED}"}
+                FROM (
+                    SELECT *{f", {_hash(names)} AS {KEY}" if names else ""}
+                    FROM (SELECT {known} FROM known UNION ALL SELECT {asked} FROM asked)
+                )
                 WINDOW above AS (
-                    {partition} ORDER BY {AT}, {ROW} NULLS FIRST {f", {PLACE}" if in_order else ""}
-                    ROWS UNBOUNDED PRECEDING
+                    {partition} ORDER BY {AT}, {PLACE} IS NULL{f", {PLACE}" if exact else ""} ROWS UNBOUNDED PRECEDING
                 )
             )
-            WHERE {ROW} IS NOT NULL {"" if in_order else f"OR {TIED}"}
+            WHERE {ROW} IS NOT NULL {"" if exact else f"OR {TIED}"}
         """  # noqa: S608 - every name is ours or quoted by quote_name
 
     def _written_before(self) -> str:
@@ -178,6 +194,10 @@ class Lookup:
             f"SELECT DISTINCT {', '.join([*names, f'make_timestamptz({moment}) AS event_timestamp'])} "  # noqa: S608
             f"FROM {self.file.scan()} WHERE {' AND '.join([*present, within])}"
         )
+
+
+def _hash(names: str) -> str:
+    return f"hash({names})"
 
 
 def tie_breakers(created_column: str | None, features: Sequence[str]) -> list[str]:
