@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -32,7 +34,7 @@ from mlplatform.feast_plugins.online_store import ExpiringRedisOnlineStore
 from mlplatform.feast_plugins.parquet_source import ARROW_TYPES, ParquetFile, as_declared
 
 # Rows per batch: large enough that round trips do not count, small enough that a batch is a few megabytes.
-BATCH_ROWS = 10_000
+BATCH_ROWS = 5_000
 
 
 class PipelinedComputeEngineConfig(LocalComputeEngineConfig):
@@ -108,10 +110,10 @@ class PipelinedComputeEngine(LocalComputeEngine):
         table = self._latest(registry, task)
         rows = self.repo_config.materialization_config.online_write_batch_size or BATCH_ROWS
         online: Any = self.online_store
-        changed = sum(
-            write_batch(online, self.repo_config, view, batch)
-            for batch in table.combine_chunks().to_batches(max_chunksize=rows)
-        )
+        batches = table.combine_chunks().to_batches(max_chunksize=rows)
+        # The server stores one batch while another is made.
+        with ThreadPoolExecutor(2) as writers:
+            changed = sum(writers.map(partial(write_batch, online, self.repo_config, view), batches))
         return len(table), changed
 
     def _latest(self, registry: BaseRegistry, task: MaterializationTask) -> pa.Table:
