@@ -22,6 +22,7 @@ from mlplatform.settings import (
     SETTINGS_FILE,
     Settings,
 )
+from mlplatform_ops.certificates import issue
 from mlplatform_ops.console import Notify
 from mlplatform_ops.embedded.users import FOLDER as USERS_FOLDER
 from mlplatform_ops.embedded.users import User
@@ -130,39 +131,23 @@ def make_certificates(folder: Path) -> None:
     if all((folder / name).is_file() for name in ("ca.crt", "weed.crt", "weed.key")):
         return
     from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
 
     authority, own = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     today = datetime.now(UTC)
-
-    def certificate(name: str, key: ec.EllipticCurvePrivateKey, *extensions: tuple[x509.ExtensionType, bool]) -> str:
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
-            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "object store")]))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            # A clock that is wrong by up to a year when this runs does no harm.
-            .not_valid_before(today - timedelta(days=400))
-            .not_valid_after(today + timedelta(days=365 * CERTIFICATE_YEARS))
-        )
-        for extension, critical in extensions:
-            builder = builder.add_extension(extension, critical)
-        return builder.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
-
-    hosts = x509.SubjectAlternativeName([x509.IPAddress(ip_address(HOST)), x509.DNSName("localhost")])
-    write_private(
-        folder / "weed.key",
-        own.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        ).decode(),
+    made = issue(
+        authority,
+        own,
+        issuer="object store",
+        subject="weed",
+        # A clock that is wrong by up to a year when this runs does no harm.
+        begin=today - timedelta(days=400),
+        end=today + timedelta(days=365 * CERTIFICATE_YEARS),
+        hosts=x509.SubjectAlternativeName([x509.IPAddress(ip_address(HOST)), x509.DNSName("localhost")]),
     )
-    write_private(folder / "weed.crt", certificate("weed", own, (hosts, False)))
-    write_private(
-        folder / "ca.crt", certificate("object store", authority, (x509.BasicConstraints(ca=True, path_length=0), True))
-    )
+    write_private(folder / "weed.key", made.key)
+    write_private(folder / "weed.crt", made.certificate)
+    write_private(folder / "ca.crt", made.authority)
 
 
 def security_config() -> str:
