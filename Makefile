@@ -13,7 +13,8 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscop
 # What notebooks 8 to 10 and the loop need, and what the tests need beside that.
 GROUPS = $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift
 TESTED = $(GROUPS) $(VENV)/.scale $(VENV)/.audit
-SCALE = $(if $(ENGINE),$(VENV)/.scale)
+# A cluster's platform may have a Dask scheduler.
+SCALE = $(if $(ENGINE)$(filter k8s,$(PLATFORM)),$(VENV)/.scale)
 DASK = $(if $(ENGINE),--engine $(ENGINE))
 CLI = $(BIN)/python -m mlplatform_ops
 PIPELINE = $(BIN)/python -W ignore -m mlplatform_pipeline
@@ -28,7 +29,7 @@ help: ## List the targets
 run: $(READY) $(SCALE) ## Start the platform, run every notebook that has changed (FRESH=1: every one), make the site, say where to look
 	@$(CLI) run --platform $(PLATFORM) $(CLUSTER) $(DASK) $(if $(FRESH),--fresh)
 
-run-all: $(GROUPS) ## The same with notebooks 8 to 10, which need packages of their own
+run-all: $(GROUPS) $(SCALE) ## The same with notebooks 8 to 10, which need packages of their own
 	@$(CLI) run --every --platform $(PLATFORM) $(CLUSTER) $(DASK) $(if $(FRESH),--fresh)
 
 site: $(READY) ## Make build/site again, from the notebooks of the last run

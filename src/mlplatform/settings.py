@@ -84,6 +84,8 @@ class Settings:
         feature_registry_key: What the feature registry's digest is made with.
         model_endpoint: The endpoint that serves the champion, as `http://host:port`; empty where there is none.
         model_endpoint_token: What a request to it carries as `Authorization: Bearer <token>`.
+        dask_scheduler: The Dask scheduler for history and materialising, as `tls://host:port`; empty for this process.
+        dask_config: The file with Dask's settings for it, which hold certificates; empty where Dask finds them itself.
         model_signing_key: Signs models at training and promotion, and verifies them before they are loaded.
     """
 
@@ -103,6 +105,8 @@ class Settings:
     feature_registry_key: str = _variable("FEATURE_REGISTRY_KEY", secret=True)
     model_endpoint: str = _variable("MODEL_ENDPOINT_URL", optional=True)
     model_endpoint_token: str = _variable("MODEL_ENDPOINT_TOKEN", secret=True, optional=True)
+    dask_scheduler: str = _variable("DASK_SCHEDULER_ADDRESS", optional=True)
+    dask_config: str = _variable("DASK_CONFIG", optional=True)
     model_signing_key: str = _variable("MODEL_SIGNING_KEY", secret=True)
 
     @classmethod

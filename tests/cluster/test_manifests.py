@@ -40,7 +40,7 @@ from mlplatform_ops.cluster.credentials import INNER
 ROOT = DEPLOY.parent
 OPTIONS = ("seaweedfs", "postgres", "redis-failover", "notebooks", "ingress")
 # These touch nothing of the others, so one combination with each and one with all will do.
-ALONE = ("drift", "endpoint")
+ALONE = ("dask", "drift", "endpoint")
 COMBINATIONS = [
     combination for size in range(len(OPTIONS) + 1) for combination in itertools.combinations(OPTIONS, size)
 ]

@@ -25,6 +25,11 @@ COMPONENT = "app.kubernetes.io/component"
 # Who must reach whom, by component and port; whatever is not listed must be refused.
 TALKS = {
     ("buckets", "object-store", 9000),
+    ("dask-scheduler", "dask-worker", 8788),
+    ("dask-worker", "dask-scheduler", 8786),
+    ("dask-worker", "dask-worker", 8788),
+    ("dask-worker", "object-store", 9000),
+    ("dask-worker", "online-store", 6379),
     ("drift", "object-store", 9000),
     ("drift", "online-store", 6379),
     ("drift", "tracking", 5000),
@@ -33,6 +38,7 @@ TALKS = {
     ("endpoint", "tracking", 5000),
     ("feature-server", "object-store", 9000),
     ("feature-server", "online-store", 6379),
+    ("notebooks", "dask-scheduler", 8786),
     ("notebooks", "endpoint", 3000),
     ("notebooks", "feature-server", 6566),
     ("notebooks", "object-store", 9000),
@@ -46,6 +52,7 @@ TALKS = {
 FAILOVER_TALKS = {("online-store", "online-store", 6379), ("online-store", "online-store", 26379)}
 # Secrets whose name stays when their content changes, and why a server may name one all the same.
 FIXED_SECRETS = {
+    "dask": "the notebooks' Job's template can't change",
     "mlflow-schema": "its Job's template can't change",
     "platform-client": "the Jobs' templates can't change",
     "redis-users": "Redis reads its users again on ACL LOAD",
@@ -78,7 +85,7 @@ def check_references(manifests: list[Manifest]) -> Iterator[str]:
         service = workload["spec"].get("serviceName")
         if service and there.get(("Service", service), {}).get("spec", {}).get("clusterIP") != "None":
             yield f"{where} names the headless Service {service}, which is not there"
-        for url in re.findall(r"https?://([a-z0-9-]+):(\d+)", str(workload)):
+        for url in re.findall(r"(?:https?|tls)://([a-z0-9-]+):(\d+)", str(workload)):
             ports = there.get(("Service", url[0]), {}).get("spec", {}).get("ports", ())
             if int(url[1]) not in [port["port"] for port in ports]:
                 yield f"{where} calls http://{url[0]}:{url[1]}, which no Service serves"
@@ -380,13 +387,15 @@ def _named_objects(workload: Manifest) -> Iterator[tuple[str, str, list[str]]]:
     """Give kind, name and keys of every object that a workload's pods name."""
     for container in containers(workload):
         for source in container.get("envFrom", ()):
-            yield "Secret", source["secretRef"]["name"], []
+            for kind, reference in (("Secret", source.get("secretRef")), ("ConfigMap", source.get("configMapRef"))):
+                if reference and not reference.get("optional"):
+                    yield kind, reference["name"], []
         for entry in container.get("env", ()):
             reference = entry.get("valueFrom", {}).get("secretKeyRef")
             if reference:
                 yield "Secret", reference["name"], [reference["key"]]
     for volume in pod_spec(workload).get("volumes", ()):
-        if "secret" in volume:
+        if "secret" in volume and not volume["secret"].get("optional"):
             yield "Secret", volume["secret"]["secretName"], [item["key"] for item in volume["secret"].get("items", ())]
         if "configMap" in volume:
             yield "ConfigMap", volume["configMap"]["name"], []

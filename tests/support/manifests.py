@@ -17,11 +17,14 @@ from mlplatform_ops.cluster.credentials import changed_values, write_secrets
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBECTL = Path(sys.executable).parent / "kubectl"
 Manifest = dict[str, Any]
-# Which generated secrets a component needs beside those of the local overlay; the entries are production's.
+# Which generated secrets a component needs beside those of the local overlay; the entries are production's, or these.
 COMPONENT_SECRETS = {
     "seaweedfs": ("seaweedfs-identities", "seaweedfs-signing"),
     "postgres": ("postgres", "mlflow-database", "mlflow-schema"),
+    "dask": ("dask",),
 }
+# Those of what no overlay has, as the README has them.
+OPTIONAL_SECRETS = ({"name": "dask", "files": ["secrets/dask.yaml"], "options": {"disableNameSuffixHash": True}},)
 
 
 def compose(folder: Path, *, overlay: str = "local", components: Iterable[str] = ()) -> Path:
@@ -35,7 +38,7 @@ def compose(folder: Path, *, overlay: str = "local", components: Iterable[str] =
     file = path / "kustomization.yaml"
     kustomization = yaml.safe_load(file.read_text())
     production = yaml.safe_load((DEPLOY / "overlays" / "production" / "kustomization.yaml").read_text())
-    generators = {entry["name"]: entry for entry in production["secretGenerator"]}
+    generators = {entry["name"]: entry for entry in (*production["secretGenerator"], *OPTIONAL_SECRETS)}
     for component in components:
         reference = f"../../components/{component}"
         if reference not in kustomization["components"]:

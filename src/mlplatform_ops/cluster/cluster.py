@@ -20,9 +20,9 @@ from mlplatform.errors import ClusterError
 from mlplatform.settings import Settings
 from mlplatform_ops.cluster.api import api_errors, api_of, connect_to, find_context, looks_like_production
 from mlplatform_ops.cluster.credentials import PREVIOUS, VALUES, write_secrets
-from mlplatform_ops.cluster.forwards import SERVICES, Forward, Target, forwarded_settings, local_port
+from mlplatform_ops.cluster.forwards import DASK, SERVICES, Forward, Target, forwarded_settings, local_port
 from mlplatform_ops.cluster.kubectl import Manifest, kubectl_command, render
-from mlplatform_ops.cluster.overlay import FOLDER, namespace_of, read_env, wanted_files
+from mlplatform_ops.cluster.overlay import FOLDER, missing_file, namespace_of, read_env, wanted_files
 from mlplatform_ops.cluster.rollouts import STUCK_AFTER_S, Workload, is_ready
 from mlplatform_ops.cluster.watch import PART_OF, Watch
 from mlplatform_ops.console import Notify
@@ -148,9 +148,12 @@ class Cluster:
             PortTakenError: A local port that was asked for is in use.
         """
         client_secrets = read_env(self.overlay / FOLDER / "client.env")
+        dask_config = (self.overlay / FOLDER / "dask.yaml").resolve()
         forwards: dict[str, Forward] = {}
         try:
             for service in self._services():
+                if service == DASK and not dask_config.exists():
+                    raise ClusterError(missing_file(dask_config))
                 variable, port = SERVICES[service]
                 local = local_port(service, port, environ.get(variable), variable)
                 forwards[service] = Forward(
@@ -158,7 +161,8 @@ class Cluster:
                 )
             for forward in forwards.values():
                 forward.start()
-            yield forwarded_settings(client_secrets, {name: forward.port for name, forward in forwards.items()})
+            ports = {name: forward.port for name, forward in forwards.items()}
+            yield forwarded_settings(client_secrets, ports, dask_config)
         finally:
             for forward in forwards.values():
                 forward.stop()

@@ -1,7 +1,7 @@
 """The secrets of a cluster: random values made once, and the files that the manifests' generators read.
 
 `values.env` holds every value, and is the one file to edit. The other files arrange the values for MLflow, Redis,
-SeaweedFS and Postgres, and are written again whenever the values or the overlay change. All of it lies in the
+SeaweedFS, Postgres and Dask, and are written again whenever the values or the overlay change. All of it lies in the
 overlay's git-ignored folder `secrets`, readable by its owner alone.
 """
 
@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
+import yaml
+
 from mlplatform.errors import ClusterError
+from mlplatform_ops.certificates import certificates_of
 from mlplatform_ops.cluster.overlay import FOLDER, read_env, wanted_files
 from mlplatform_ops.console import Notify
 from mlplatform_ops.files import write_private
@@ -32,6 +35,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 # Values that no command replaces: only their own component holds them.
 INNER = (
+    "DASK_CERTIFICATE_SEED",
     "FEATURE_REGISTRY_KEY",
     "MLFLOW_FLASK_SERVER_SECRET_KEY",
     "MODEL_SIGNING_KEY",
@@ -162,6 +166,7 @@ def derived_files(values: Mapping[str, str], *, postgres: bool, seaweedfs: bool)
                 "FEATURE_REGISTRY_KEY": values["FEATURE_REGISTRY_KEY"],
             }
         ),
+        "dask.yaml": _dask(values["DASK_CERTIFICATE_SEED"]),
         "client.env": _env(
             {
                 **s3,
@@ -225,6 +230,14 @@ def _acl(values: Mapping[str, str]) -> str:
             " +client|setname +client|kill +script|kill",
         )
     )
+
+
+def _dask(seed: str) -> str:
+    """Dask's settings for who takes part: scheduler, workers and clients show a certificate, and ask for one."""
+    made = certificates_of(seed, name="dask")
+    pair = {"cert": made.certificate, "key": made.key}
+    roles = {"ca-file": made.authority, "client": pair, "scheduler": pair, "worker": pair}
+    return yaml.safe_dump({"distributed": {"comm": {"require-encryption": True, "tls": roles}}})
 
 
 def _write(folder: Path, texts: Mapping[str, str], *, notify: Notify) -> list[Path]:

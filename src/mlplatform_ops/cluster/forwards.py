@@ -11,20 +11,23 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from mlplatform.errors import ClusterError, PlatformError, PortTakenError
 from mlplatform.settings import Settings
 from mlplatform_ops.console import Notify
-from mlplatform_ops.ports import SERVICE_PORTS, free_port, is_free
+from mlplatform_ops.ports import SERVICE_PORTS, ServicePort, free_port, is_free
 
 # Finds the running pods behind a service: name, port, and whether it is ready.
 Target = Callable[[], list[tuple[str, int, bool]]]
+DASK = "dask-scheduler"
 # The cluster's services that a client on this machine uses, each with its port and what sets its local port.
 SERVICES = {
     "minio-service": SERVICE_PORTS["object-store"],
     "redis": SERVICE_PORTS["online-store"],
     "mlflow": SERVICE_PORTS["mlflow"],
     "feature-server": SERVICE_PORTS["feature-server"],
+    DASK: ServicePort("MLPLATFORM_DASK_PORT", 8786),
 }
 
 # A dropped forward refuses connections until kubectl has started again, a second or two of which a client waits.
@@ -166,17 +169,23 @@ class Forward:
                 process.wait()
 
 
-def forwarded_settings(secrets: Mapping[str, str], ports: Mapping[str, int]) -> Settings:
+def forwarded_settings(secrets: Mapping[str, str], ports: Mapping[str, int], dask_config: Path) -> Settings:
     """Combine the credentials of the cluster with addresses on this machine.
 
     Args:
         secrets: What `client.env` holds.
         ports: Local ports by service.
+        dask_config: The file with certificates for the Dask scheduler, where there is one.
     """
+    # A client speaks with the scheduler alone, and nobody asks which host a certificate is for.
+    dask = {}
+    if DASK in ports:
+        dask = {"DASK_SCHEDULER_ADDRESS": f"tls://127.0.0.1:{ports[DASK]}", "DASK_CONFIG": str(dask_config)}
     redis = secrets["REDIS_CONNECTION_STRING"].split(",", 1)[1]
     return Settings.from_env(
         {
             **secrets,
+            **dask,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_MAX_ATTEMPTS": str(S3_ATTEMPTS),
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['minio-service']}",
