@@ -297,28 +297,39 @@ class Cluster:
 
     async def _serve(self) -> None:
         """Stand in for kube-proxy, and for the network plug-in that enforces policies."""
-        servers = [
-            await asyncio.start_server(self._handler(name, service, port), address, port["port"])
-            for name, (service, address) in self.services.items()
-            for port in service["spec"]["ports"]
-        ]
+        ports = [(name, entry, port) for name, entry in self.services.items() for port in entry[0]["spec"]["ports"]]
+        servers: dict[tuple[str, int], asyncio.Server] = {}
         while not self.stopping.is_set():
-            await asyncio.sleep(0.2)
-        for server in servers:
+            for name, (service, address), port in ports:
+                key = name, port["port"]
+                # A Service without a ready pod refuses connections.
+                if not self._behind(service, port):
+                    if key in servers:
+                        servers.pop(key).close()
+                elif key not in servers:
+                    servers[key] = await asyncio.start_server(self._handler(name, service, port), address, port["port"])
+            await asyncio.sleep(0.1)
+        for server in servers.values():
             server.close()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
 
+    def _behind(self, service: Manifest, port: Mapping[str, Any]) -> list[tuple[Pod, int]]:
+        """List the pods that a Service leads to, and their ports."""
+        unready = service["spec"].get("publishNotReadyAddresses", False)
+        found = [
+            (pod, port_number(pod, port.get("targetPort", port["port"])))
+            for pod in self.pods
+            if matches({"matchLabels": service["spec"]["selector"]}, pod.labels)
+            and (pod.ready or unready)
+            and not pod.done
+        ]
+        return [(pod, number) for pod, number in found if number is not None]
+
     def _handler(self, name: str, service: Manifest, port: Mapping[str, Any]) -> Any:
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             source = next((pod for pod in self.pods if pod.address == writer.get_extra_info("peername")[0]), None)
-            unready = service["spec"].get("publishNotReadyAddresses", False)
-            for pod in sorted(self.pods, key=lambda _: secrets.randbelow(1000)):
-                if not matches({"matchLabels": service["spec"]["selector"]}, pod.labels):
-                    continue
-                number = port_number(pod, port.get("targetPort", port["port"]))
-                if number is None or not (pod.ready or unready) or pod.done:
-                    continue
+            for pod, number in sorted(self._behind(service, port), key=lambda _: secrets.randbelow(1000)):
                 # The harness itself may connect, as a port-forward may.
                 if source and source is not pod and not allows(self.policies, source.labels, pod.labels, number):
                     self.denied.append(f"{source.name} to {name}:{port['port']} ({pod.name}:{number})")
@@ -426,8 +437,9 @@ class Cluster:
                 os.chown(path, 0, group or 0)
                 path.chmod(0o2777 if group else 0o777)
             elif "secret" in volume:
-                source = self._object("Secret", volume["secret"]["secretName"], pod)
-                self._project(path, secret_data(source), volume["secret"], group)
+                reference = {**volume["secret"], "name": volume["secret"]["secretName"]}
+                found = self._find("Secret", reference, pod)
+                self._project(path, secret_data(found) if found else {}, volume["secret"], group)
             else:
                 source = self._object("ConfigMap", volume["configMap"]["name"], pod)
                 data = {key: value.encode() for key, value in source.get("data", {}).items()}
@@ -453,6 +465,13 @@ class Cluster:
             os.chown(file, 0, group or 0)
             file.chmod(mode | (0o040 if group else 0))
 
+    def _find(self, kind: str, reference: Mapping[str, Any] | None, pod: Pod) -> Manifest | None:
+        """Find what a reference names; nothing where there is none, or where what it names may be missing and is."""
+        names = [manifest["metadata"]["name"] for manifest in of_kind(self.manifests, kind)]
+        if reference is None or (reference.get("optional") and reference["name"] not in names):
+            return None
+        return self._object(kind, reference["name"], pod)
+
     def _object(self, kind: str, name: str, pod: Pod) -> Manifest:
         for manifest in of_kind(self.manifests, kind):
             if manifest["metadata"]["name"] == name:
@@ -469,8 +488,11 @@ class Cluster:
                 port = service["spec"]["ports"][0]["port"]
                 values |= {f"{prefix}_SERVICE_HOST": address, f"{prefix}_PORT": f"tcp://{address}:{port}"}
         for source in container.spec.get("envFrom", ()):
-            secret = self._object("Secret", source["secretRef"]["name"], pod)
-            values |= {key: value.decode() for key, value in secret_data(secret).items()}
+            _known(source, {"secretRef", "configMapRef"}, pod.name)
+            if secret := self._find("Secret", source.get("secretRef"), pod):
+                values |= {key: value.decode() for key, value in secret_data(secret).items()}
+            if settings := self._find("ConfigMap", source.get("configMapRef"), pod):
+                values |= settings["data"]
         for entry in container.spec.get("env", ()):
             if "value" in entry:
                 values[entry["name"]] = expand(entry["value"], values)

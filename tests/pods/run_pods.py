@@ -1,8 +1,8 @@
 """Run the rendered pod specs for real, without Kubernetes: `python tests/pods/run_pods.py` as root.
 
-Starts everything and runs the notebooks against it (`pods.py`, on the file systems of `images.py`), has Redis lose its
-primary, backs Postgres up and restores it, and breaks two specs. What this shows and what it doesn't is in
-deploy/README.md.
+Starts everything and runs the notebooks against it (`pods.py`, on the file systems of `images.py`), has Dask lose a
+worker and Redis its primary, backs Postgres up and restores it, and breaks two specs. What this shows and what it
+doesn't is in deploy/README.md.
 """
 
 # ruff: noqa: S607, T201 (it is a command of a developer's or CI's machine, whose PATH it trusts)
@@ -42,6 +42,7 @@ from replicas import (
     show_the_endpoint_again,
 )
 from seccomp import DEFAULT_PROFILE
+from workers import show_the_workers
 
 from mlplatform_ops.cluster.credentials import write_secrets
 from pods import Cluster, Image, Pod, PodError, run, secret_data
@@ -82,7 +83,7 @@ def named(pods: list[Pod], name: str) -> list[Pod]:
 def show_that_it_works(overlay: Path, images: Mapping[str, Image], folder: Path, command: list[str] | None) -> None:
     """Start everything, wait until it is ready, run the notebooks' Job against it, then what needs its model."""
     manifests = render(overlay)
-    if any(w["metadata"]["name"] == "model-endpoint" for w in workloads(manifests)):
+    if {"model-endpoint", "dask-worker"} & {w["metadata"]["name"] for w in workloads(manifests)}:
         add_client(manifests)
     if command:
         job = next(w for w in workloads(manifests) if w["metadata"]["name"] == "notebooks")
@@ -112,6 +113,8 @@ def show_that_it_works(overlay: Path, images: Mapping[str, Image], folder: Path,
             print(f"  the notebooks' Job is done after {time.monotonic() - begun:.0f} s:")
             print("".join(f"    | {line}\n" for line in pod.containers[-1].log.read_text().splitlines()[-25:]))
         cluster.wait(lambda pod: pod.ready, timeout_s=5, what="ready any more", of=servers)
+        if named(servers, "dask-worker"):
+            show_the_workers(cluster, servers)
         if replicas:
             people = show_the_endpoint(cluster, replicas)
             for watch in watches:
@@ -405,9 +408,10 @@ def main() -> int:
     parser.add_argument("--command", help="run this in the notebooks' Job instead of its own command")
     parser.add_argument("--keep", action="store_true", help="keep the logs")
     options = parser.parse_args()
-    for component, maker in (("endpoint", "notebooks"), ("drift", "endpoint")):
+    # A user's pod is made like the notebooks' Job.
+    for component, maker in (("dask", "notebooks"), ("endpoint", "notebooks"), ("drift", "endpoint")):
         if component in options.component and maker not in options.component:
-            parser.error(f"--component {component} needs --component {maker}, which makes what it works on")
+            parser.error(f"--component {component} needs --component {maker}, which makes what it works on or asks it")
     needed = NEEDED | ({"buildah": "buildah"} if options.image else {})
     missing = [package for command, package in needed.items() if not shutil.which(command)]
     if os.geteuid() or missing or platform.system() != "Linux":
