@@ -54,26 +54,32 @@ def issue(
     algorithm = None if isinstance(authority, Ed25519PrivateKey) else hashes.SHA256()
 
     def certificate(
-        name: str, key: EllipticCurvePrivateKey | Ed25519PrivateKey, extension: x509.ExtensionType | None
+        name: str, key: EllipticCurvePrivateKey | Ed25519PrivateKey, *extensions: tuple[x509.ExtensionType, bool]
     ) -> str:
-        public = key.public_key()
-        identifier = x509.SubjectKeyIdentifier.from_public_key(public)
+        identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
         builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
             .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-            .public_key(public)
+            .public_key(key.public_key())
             .serial_number(int.from_bytes(identifier.digest[:16], "big"))
             .not_valid_before(begin)
             .not_valid_after(end)
         )
-        if extension:
-            builder = builder.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+        # Python 3.13 and later ask for both identifiers, and for an authority's usage.
+        signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
+        for extension, critical in ((identifier, False), (signer, False), *extensions):
+            builder = builder.add_extension(extension, critical)
         return builder.sign(authority, algorithm).public_bytes(serialization.Encoding.PEM).decode()
 
     key = own.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    root = x509.BasicConstraints(ca=True, path_length=0)
-    return Certificates(certificate(issuer, authority, root), certificate(subject, own, hosts), key.decode())
+    signs = dict.fromkeys(
+        ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False
+    )
+    usage = x509.KeyUsage(**signs, key_cert_sign=True, crl_sign=False, encipher_only=False, decipher_only=False)
+    root = (x509.BasicConstraints(ca=True, path_length=0), True), (usage, True)
+    named = [(hosts, False)] if hosts else []
+    return Certificates(certificate(issuer, authority, *root), certificate(subject, own, *named), key.decode())
 
 
 def certificates_of(secret: str, *, name: str) -> Certificates:
