@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import socketserver
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,33 +95,80 @@ def worker_pids(cluster: Any) -> set[int]:
     return {worker.process.pid for worker in cluster.workers.values() if worker.process}
 
 
-def kill_a_worker_during(cluster: Any, job: Callable[[], Any]) -> Any:
-    """Do a job, and kill a worker that holds results of its tasks; fail if the job was done before."""
-    before, killed, over = worker_pids(cluster), [], threading.Event()
+def in_mid_job(cluster: Any, job: Callable[[], Any], act: Callable[[str], None]) -> Any:
+    """Do a job, and act when a worker, given by its address, holds results; fail if the job was done before."""
+    acted, over = [], threading.Event()
 
-    def kill() -> None:
+    def watch() -> None:
         while not over.is_set():
             states = [task.state for task in list(cluster.scheduler.tasks.values())]
             holders = [worker for worker in list(cluster.scheduler.workers.values()) if worker.has_what]
             if "waiting" in states and "memory" in states and holders:
-                pid = next(
-                    entry.pid for entry in cluster.workers.values() if entry.worker_address == holders[0].address
-                )
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
+                act(holders[0].address)
+                acted.append(holders[0].address)
                 return
             time.sleep(0.002)
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=watch)
     thread.start()
     try:
         answer = job()
     finally:
         over.set()
         thread.join()
-    assert set(killed) <= before
-    assert len(killed) == 1, "the job was over before a worker could be killed"
+    assert len(acted) == 1, "the job was over before anything could happen to it"
     return answer
+
+
+def kill_a_worker_during(cluster: Any, job: Callable[[], Any]) -> Any:
+    """Do a job, and kill a worker that holds results of its tasks."""
+
+    def kill(address: str) -> None:
+        pid = next(entry.pid for entry in cluster.workers.values() if entry.worker_address == address)
+        assert pid in before
+        os.kill(pid, signal.SIGKILL)
+
+    before = worker_pids(cluster)
+    return in_mid_job(cluster, job, kill)
+
+
+@contextmanager
+def forward(port: int) -> Iterator[tuple[int, Callable[[], None]]]:
+    """Lead from a port of this machine to another, as kubectl does; give it, and what drops every connection."""
+    pairs: list[tuple[socket.socket, socket.socket]] = []
+
+    def drop() -> None:
+        for end in [end for pair in pairs for end in pair]:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", port)) as target:
+                pairs.append((self.request, target))
+                back = threading.Thread(target=pump, args=(target, self.request))
+                back.start()
+                pump(self.request, target)
+                back.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_address[1], drop
+        finally:
+            server.shutdown()
+            drop()
+            thread.join()
+
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65_536):
+            target.sendall(data)
+    for end in (source, target):
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
 
 
 def test_every_row_and_every_user_are_as_on_one_machine(
@@ -195,6 +245,46 @@ def test_a_worker_killed_in_mid_job_changes_nothing(
     held = features.read_online(store, versions[USER_ID].unique().tolist()[:2_000])
     assert held["found"].all()
     assert len(stored(platform, store)) == 28_066
+
+
+# In a process of its own, since Dask leaves the socket of a connection that ended while it began to the garbage.
+FORWARDED = """
+import sys
+from pathlib import Path
+import pandas as pd
+from mlplatform import features
+from mlplatform.feast_plugins import distributed
+
+distributed.ROWS_PER_TASK = 10_000
+what, repo, asked, answer = sys.argv[1:]
+store = features.open_store(Path(repo))
+if what == "history":
+    features.point_in_time(store, pd.read_parquet(asked)).to_parquet(answer)
+else:
+    print([entry.rows for entry in features.materialise(store)])
+"""
+
+
+def test_a_forward_to_the_scheduler_that_drops_in_mid_job_changes_nothing(
+    on_dask: Any, versions: pd.DataFrame, tmp_path: Path
+) -> None:
+    repo = scratch_repository(tmp_path)
+    for view, frame in history.split_views(versions).items():
+        uri = f"s3://feature-data-sets/{repo.name}/{view}.parquet"
+        objectstore.write_bytes(objectstore.encode(frame, uri), uri)
+    features.apply(repo)
+    asked, answer = tmp_path / "asked.parquet", tmp_path / "answer.parquet"
+    versions[[USER_ID, "event_timestamp"]].to_parquet(asked)
+    with forward(int(on_dask.scheduler_address.rpartition(":")[2])) as (port, drop):
+        environ = os.environ | {distributed.VARIABLE: f"tls://127.0.0.1:{port}"}
+
+        def run(what: str) -> str:
+            command = [sys.executable, "-W", "ignore", "-c", FORWARDED, what, str(repo), str(asked), str(answer)]
+            return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=environ).stdout
+
+        in_mid_job(on_dask, lambda: run("history"), lambda _: drop())
+        assert in_mid_job(on_dask, lambda: run("load"), lambda _: drop()).strip() == str([28_066] * 3)
+    pd.testing.assert_frame_equal(pd.read_parquet(answer), alone(repo, pd.read_parquet(asked)))
 
 
 def test_no_credential_and_no_address_is_in_a_tasks_arguments(

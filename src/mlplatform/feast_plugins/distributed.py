@@ -16,6 +16,7 @@ import math
 import operator
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import numpy as np
@@ -48,6 +49,8 @@ ROWS_PER_TASK = 1_000_000
 WAIT_S = 10
 ATTEMPTS = 3
 PLACE = "__place"
+_Answer = TypeVar("_Answer")
+_Gather = Callable[[Sequence[Any]], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,7 @@ def point_in_time(
     asked = entities.select([*keys, time_column]).append_column(PLACE, pa.array(np.arange(len(entities))))
     with connection() as duck:
         plans = [_plan(duck, view, asked) for view in views]
-    with cluster(scheduler) as client:
-        found = _again_if_lost(lambda: _join(client, asked, time_column, views, plans, created_before))
+    found = _on_cluster(scheduler, partial(_join, asked, time_column, views, plans, created_before))
     answer = entities
     for view, columns in zip(views, found, strict=True):
         for name in view.features:
@@ -91,12 +93,13 @@ def point_in_time(
 
 
 def _join(
-    client: Any,
     asked: pa.Table,
     time_column: str,
     views: Sequence[Lookup],
     plans: Sequence[tuple[Sequence[Sequence[Span]], Mapping[str, str]]],
     created_before: bool,
+    client: Any,
+    gather: _Gather,
 ) -> list[pa.Table]:
     """Give each view's features, in the order of the rows asked."""
     slices = [asked.slice(start, ROWS_PER_TASK) for start in range(0, max(len(asked), 1), ROWS_PER_TASK)]
@@ -116,19 +119,43 @@ def _join(
         )
     answers = []
     for futures in waiting:
-        found = pa.concat_tables(client.gather(futures))
+        found = pa.concat_tables(gather(futures))
         answers.append(found.take(pa.array(np.argsort(found.column(PLACE).to_numpy()))))
     return answers
 
 
-def _again_if_lost(act: Callable[[], Any]) -> Any:
-    """Hand out the rows asked once more when the worker that held them is gone: nobody could compute them again."""
-    from distributed.client import FutureCancelledError
+class _LostError(ServiceDownError):
+    """What the cluster held for the driver is gone, and only the driver can begin again."""
 
+
+def _on_cluster(scheduler: str, job: Callable[[Any, _Gather], _Answer]) -> _Answer:
+    """Do a job on the cluster, from its beginning again where what nobody else could compute again is lost.
+
+    The worker that held rows asked is gone; or the connection to the scheduler is, which forgets whom it worked for.
+
+    Args:
+        scheduler: The scheduler's address.
+        job: Takes a client, and what waits for tasks and gives their results.
+    """
     for _ in range(ATTEMPTS - 1):
-        with suppress(FutureCancelledError):
-            return act()
-    return act()
+        with suppress(_LostError):
+            return _attempt(scheduler, job)
+    return _attempt(scheduler, job)
+
+
+def _attempt(scheduler: str, job: Callable[[Any, _Gather], _Answer]) -> _Answer:
+    with cluster(scheduler) as client:
+        connection = client.scheduler_comm
+
+        def gather(futures: Sequence[Any]) -> list[Any]:
+            # Dask connects again by itself, and waits forever for tasks that it sent meanwhile.
+            while not all(future.done() for future in futures):
+                if client.scheduler_comm is not connection and client.status != "connecting":
+                    raise _LostError(f"the connection to the Dask scheduler at {scheduler} ended; run it again")
+                time.sleep(0.01)
+            return list(client.gather(futures))
+
+        return job(client, gather)
 
 
 def load(engine: LocalComputeEngine, registry: BaseRegistry, task: MaterializationTask) -> tuple[int, int] | None:
@@ -171,7 +198,8 @@ def load(engine: LocalComputeEngine, registry: BaseRegistry, task: Materializati
         "versioned": config.registry.enable_online_feature_view_versioning,
         "classes": [type(part) for part in (engine, engine.offline_store, engine.online_store)],
     }
-    with cluster(scheduler) as client:
+
+    def write(client: Any, gather: _Gather) -> list[Any]:
         count = _shares(client, keys, spans, 0)
         known = [client.submit(read_and_split, lookup, part, types, count, pure=False) for part in spans]
         loaded = [
@@ -188,7 +216,10 @@ def load(engine: LocalComputeEngine, registry: BaseRegistry, task: Materializati
             )
             for pieces in _turned(client, known, count)
         ]
-        done = client.gather(loaded)
+        return gather(loaded)
+
+    # Writing a row again changes nothing.
+    done = _on_cluster(scheduler, write)
     return sum(rows for rows, _ in done), sum(changed for _, changed in done)
 
 
@@ -208,7 +239,8 @@ def cluster(scheduler: str) -> Iterator[Any]:
     """
     try:
         from distributed import Client, Security
-        from distributed.client import FutureCancelledError
+        from distributed.client import CancelledError
+        from distributed.comm import CommClosedError
         from distributed.scheduler import KilledWorker
     except ImportError as error:
         raise SettingsError(
@@ -235,8 +267,8 @@ def cluster(scheduler: str) -> Iterator[Any]:
         raise ServiceDownError(
             f"{where} gave up, since workers kept dying over one task; give them more memory, or look at their logs"
         ) from error
-    except FutureCancelledError as error:
-        raise ServiceDownError(f"{where} lost the rows asked with its workers; run it again") from error
+    except (CancelledError, CommClosedError) as error:
+        raise _LostError(f"{where} lost its workers, or the connection to it ended; run it again") from error
     finally:
         client.close()
 
