@@ -308,7 +308,7 @@ class Cluster:
                         servers.pop(key).close()
                 elif key not in servers:
                     servers[key] = await asyncio.start_server(self._handler(name, service, port), address, port["port"])
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.2)
         for server in servers.values():
             server.close()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:

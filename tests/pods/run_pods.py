@@ -114,7 +114,7 @@ def show_that_it_works(overlay: Path, images: Mapping[str, Image], folder: Path,
             print("".join(f"    | {line}\n" for line in pod.containers[-1].log.read_text().splitlines()[-25:]))
         cluster.wait(lambda pod: pod.ready, timeout_s=5, what="ready any more", of=servers)
         if named(servers, "dask-worker"):
-            show_the_workers(cluster, servers)
+            show_the_workers(cluster, servers, asked_by_notebooks=not command)
         if replicas:
             people = show_the_endpoint(cluster, replicas)
             for watch in watches:

@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import ssl
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -147,7 +149,7 @@ print(
 """
 # In a pod of Dask's: everything that listens, and what a web server says there.
 PAGES = """
-import http.client, json, re
+import http.client, json
 from pathlib import Path
 
 listening, pages = [], {}
@@ -171,14 +173,19 @@ def is_worker(pod: Pod) -> bool:
     return bool(pod.workload["metadata"]["name"] in PORTS)
 
 
-def show_the_workers(cluster: Cluster, servers: list[Pod]) -> None:
+def show_the_workers(cluster: Cluster, servers: list[Pod], *, asked_by_notebooks: bool) -> None:
     """Load and ask through the workers from a user's pod, lose one in mid-job, and knock as a stranger."""
     begun = time.monotonic()
+    scheduler = next(pod for pod in servers if pod.workload["metadata"]["name"] == SCHEDULER)
+    clients = scheduler.containers[0].log.read_text().count("Receive client connection")
+    if asked_by_notebooks and not clients:
+        raise PodError("the notebooks' Job did its work without the Dask workers that were there")
     for pod in servers:
         if is_worker(pod):
             show_that_strangers_are_refused(cluster, pod)
             show_that_there_is_no_page(cluster, pod)
     show_that_others_may_not_reach_the_scheduler(cluster)
+    show_that_a_laptop_reaches_the_workers(cluster)
     said = ask_and_lose_a_worker(cluster, servers)
     expected = {"rows": [28_066] * 3, "users": 28_066, "history": True, "history, a worker lost": True}
     expected |= {"online store": True, "lost in time": True, "connections to workers": 0}
@@ -187,8 +194,9 @@ def show_the_workers(cluster: Cluster, servers: list[Pod]) -> None:
     cluster.wait(lambda pod: pod.ready, timeout_s=WAIT_S, what="ready after a worker was lost", of=servers)
     took = ", ".join(f"{name} {seconds} s" for name, seconds in said["took"].items())
     print(
-        f"  the Dask workers load {said['users']} users and answer {said['asked']} rows as one process does, with a "
-        f"worker killed meanwhile too ({took}); nobody without a certificate of theirs is answered, no page is served "
+        f"  the Dask workers, which the notebooks' Job used {clients} times, load {said['users']} users and answer "
+        f"{said['asked']} rows as one process does, with a worker killed meanwhile too ({took}); a client outside of "
+        f"the pods reaches them; nobody without a certificate of theirs is answered, no page is served "
         f"({time.monotonic() - begun:.0f} s)",
         flush=True,
     )
@@ -211,6 +219,21 @@ def ask_and_lose_a_worker(cluster: Cluster, servers: list[Pod]) -> dict[str, Any
             errors.seek(0)
             raise PodError(f"the questions to the Dask workers end with {process.returncode}: {errors.read()[-2000:]}")
     return dict(json.loads(lines[-1]))
+
+
+def show_that_a_laptop_reaches_the_workers(cluster: Cluster) -> None:
+    """Compute on a worker from outside the pods, with what a forward gives a client: an address and a file."""
+    code = (
+        "import sys; from mlplatform.feast_plugins import distributed\n"
+        "with distributed.cluster(sys.argv[1]) as client: print(client.submit(max, [1, 2]).result())"
+    )
+    address = f"tls://{cluster.services[SCHEDULER][1]}:{PORTS[SCHEDULER]}"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "dask.yaml")
+        file.write_text(read_secret(cluster, "dask")["dask.yaml"])
+        said = run(sys.executable, "-W", "ignore", "-c", code, address, env={**os.environ, "DASK_CONFIG": str(file)})
+    if said.strip() != "2":
+        raise PodError(f"a client outside of the pods gets {said!r} of the workers")
 
 
 def show_that_strangers_are_refused(cluster: Cluster, pod: Pod) -> None:
