@@ -27,7 +27,7 @@ from manifests import compose
 from sqlalchemy import make_url
 
 from mlplatform.errors import ClusterError, PortTakenError
-from mlplatform.settings import s3_attempts
+from mlplatform.settings import Settings, s3_attempts
 from mlplatform_ops.cluster.api import looks_like_production
 from mlplatform_ops.cluster.cluster import Cluster
 from mlplatform_ops.cluster.credentials import GROUPS, PREVIOUS, changed_values, derived_files, write_secrets
@@ -652,6 +652,50 @@ def test_forwarding_gives_settings_with_the_clusters_credentials(
         assert _ask(int(settings.s3_endpoint.rsplit(":", 1)[1])) == "minio-0:9000"
     with pytest.raises(OSError, match="refused"):
         _ask(int(settings.tracking_uri.rsplit(":", 1)[1]))
+    assert not {"DASK_SCHEDULER_ADDRESS", "DASK_CONFIG"} & set(settings.to_env())
+
+
+def test_forwarding_leads_to_dasks_scheduler_where_there_is_one(
+    fake: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlay = compose(tmp_path / "with dask", components=["dask"])
+    cluster = Cluster(overlay)
+    cluster.up()
+    monkeypatch.setattr(cluster, "_forward_command", _relay)
+    with cluster.forwarded({}) as settings:
+        address, port = settings.dask_scheduler.rsplit(":", 1)
+        assert address == "tls://127.0.0.1"
+        assert re.fullmatch(r"dask-scheduler-\w+:8786", _ask(int(port)))
+        file = Path(settings.to_env()["DASK_CONFIG"])
+        assert file == (overlay / "secrets" / "dask.yaml").resolve()
+        assert Settings.from_env(settings.to_env()) == settings
+    file.unlink()
+    with pytest.raises(ClusterError, match=r"dask\.yaml is missing; run 'make k8s-secrets'"), cluster.forwarded({}):
+        pass
+
+
+def test_the_commands_leave_it_to_what_reads_dasks_settings_to_import_dask() -> None:
+    # It reads DASK_CONFIG when it is imported, and a forward sets that.
+    code = "import mlplatform_ops.cli, mlplatform_ops.cluster.cluster, sys; sys.exit('dask' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_dasks_certificates_follow_from_one_value(tmp_path: Path) -> None:
+    overlay = compose(tmp_path, components=["dask"])
+    values, file = overlay / "secrets" / "values.env", overlay / "secrets" / "dask.yaml"
+    before = file.read_text()
+    tls = yaml.safe_load(before)["distributed"]["comm"]["tls"]
+    assert tls["client"] == tls["scheduler"] == tls["worker"]
+    file.unlink()
+    write_secrets(overlay)
+    assert file.read_text() == before
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    seed = read_env(values)["DASK_CERTIFICATE_SEED"]
+    assert seed not in before
+    values.write_text(values.read_text().replace(seed, seed[::-1]))
+    write_secrets(overlay)
+    again = yaml.safe_load(file.read_text())["distributed"]["comm"]["tls"]
+    assert again["ca-file"] != tls["ca-file"]
 
 
 def test_kubectl_is_called_with_the_context_by_name(

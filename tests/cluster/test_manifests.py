@@ -24,12 +24,14 @@ from checks import CHECKS, problems
 from manifests import (
     DEPLOY,
     KUBECTL,
+    OPTIONAL_SECRETS,
     Manifest,
     compose,
     containers,
     name_of,
     of_kind,
     pod_spec,
+    quantity_bytes,
     render,
     workloads,
 )
@@ -175,6 +177,51 @@ def test_the_notebooks_image_installs_what_the_lock_file_has_and_the_package_nee
     # The endpoint runs from the same image.
     dockerfile = (DEPLOY / "components" / "notebooks" / "Dockerfile").read_text()
     assert "--requirement requirements-serving.lock" in dockerfile
+    # So do Dask's scheduler and workers.
+    assert "--requirement requirements-scale.lock" in dockerfile
+
+
+def test_dask_asks_for_certificates_shows_no_page_and_gets_no_more_than_the_two_stores(
+    every_combination: dict[tuple[str, ...], list[Manifest]],
+) -> None:
+    manifests = every_combination["dask",]
+    pods = {w["metadata"]["name"]: w for w in workloads(manifests) if w["metadata"]["name"].startswith("dask-")}
+    assert {name: w["spec"]["replicas"] for name, w in pods.items()} == {"dask-scheduler": 1, "dask-worker": 2}
+    for name, role in (("dask-scheduler", "SCHEDULER"), ("dask-worker", "WORKER")):
+        container = _container(pods[name])
+        values = {entry["name"]: entry.get("value") for entry in container["env"]}
+        assert values["DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION"] == "true"
+        assert values[f"DASK_DISTRIBUTED__{role}__HTTP__ROUTES"] == "[]"
+        assert {"--no-dashboard", "--dashboard-address=127.0.0.1:0"} <= set(container["args"])
+        assert {"name": "certificates", "mountPath": "/etc/dask", "readOnly": True} in container["volumeMounts"]
+        assert pod_spec(pods[name])["volumes"][0]["secret"]["secretName"] == "dask"
+    assert "--protocol=tls" in _container(pods["dask-scheduler"])["args"]
+    worker = _container(pods["dask-worker"])
+    assert [source for source in worker["envFrom"] if "secretRef" in source] == []
+    given = {entry["name"] for entry in worker["env"] if "valueFrom" in entry}
+    assert given == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "REDIS_CONNECTION_STRING"}
+    limit = next(arg.split("=")[1] for arg in worker["args"] if arg.startswith("--memory-limit="))
+    assert quantity_bytes(limit.removesuffix("B")) < quantity_bytes(worker["resources"]["limits"]["memory"])
+    (address,) = (m["data"]["DASK_SCHEDULER_ADDRESS"] for m in of_kind(manifests, "ConfigMap") if "dask" in str(m))
+    assert address == "tls://dask-scheduler:8786"
+
+
+def test_the_notebooks_use_dask_where_it_is_there_and_run_where_it_is_not(
+    every_combination: dict[tuple[str, ...], list[Manifest]],
+) -> None:
+    for combination in (("notebooks",), (*OPTIONS, *ALONE)):
+        job = next(w for w in workloads(every_combination[combination]) if w["metadata"]["name"] == "notebooks")
+        assert {"configMapRef": {"name": "dask", "optional": True}} in _container(job)["envFrom"]
+        (volume,) = (entry for entry in pod_spec(job)["volumes"] if entry["name"] == "certificates")
+        assert volume["secret"] == {"secretName": "dask", "optional": True, "defaultMode": 0o440}
+        there = {name_of(manifest) for manifest in every_combination[combination]}
+        assert {name in there for name in ("ConfigMap/dask", "Secret/dask")} == {"dask" in combination}
+
+
+def test_the_readme_has_the_secret_that_dask_needs() -> None:
+    text = (DEPLOY / "README.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    assert yaml.safe_load(block) == {"components": ["../../components/dask"], "secretGenerator": [*OPTIONAL_SECRETS]}
 
 
 def test_redis_is_asked_by_a_user_whose_password_no_rotation_changes(production: list[Manifest]) -> None:
