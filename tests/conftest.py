@@ -12,8 +12,10 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from mlplatform.clients.hastening import hasten_feast
+from mlplatform.engines.cluster import VARIABLE
 from mlplatform.settings import STATE_VARIABLE, VARIABLES, Settings
 from mlplatform_ops import runner as notebooks
+from mlplatform_ops.dask_cluster import dask_cluster
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
 
 hasten_feast()
@@ -67,15 +69,18 @@ def platform(embedded: EmbeddedPlatform) -> Iterator[Settings]:
 @pytest.fixture(scope="session")
 def dask_workers(platform: Settings) -> Iterator[Any]:
     """A Dask cluster of two workers, which spill whatever they hold; `feature_store.yaml` is not told of it."""
-    # Both import Feast, which the unit tests do without.
-    from mlplatform.feast_plugins.distributed import VARIABLE
-    from mlplatform_ops.dask_cluster import dask_cluster
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DASK_DISTRIBUTED__WORKER__MEMORY__TARGET", "0.000001")
         with dask_cluster(2) as cluster:
             patch.delenv(VARIABLE)
             yield cluster
+
+
+@pytest.fixture
+def on_dask(dask_workers: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The one setting that names the cluster, which the feature repository's own `feature_store.yaml` reads too."""
+    monkeypatch.setenv(VARIABLE, dask_workers.scheduler_address)
+    return dask_workers
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,10 @@ from sklearn.base import BaseEstimator
 from sklearn.pipeline import Pipeline
 
 from mlplatform import objectstore, table
+from mlplatform.engines import EngineName
+from mlplatform.engines.training import fitting
 from mlplatform.errors import RegistryError
-from mlplatform.modeling import describe_encoder, inputs, labels, make_pipeline, probabilities, scores
+from mlplatform.modeling import describe_encoder, inputs, make_pipeline, probabilities, scores
 from mlplatform.promotion.signing import TRUSTED_TYPES, seal
 from mlplatform.settings import DATASETS_BUCKET
 
@@ -89,21 +91,23 @@ def fit_and_log(
     datasets: Sequence[PandasDataset],
     *,
     params: Mapping[str, object] | None = None,
+    engine: EngineName = "local",
 ) -> LoggedRun:
     """Do in one call what notebook 2 does by hand: start a run, log the parameters, fit, and call `log_fitted`.
 
-    MLflow marks the run as failed if this raises.
+    MLflow marks the run as failed if this raises. There is no run if the engine cannot train this estimator.
 
     Args:
         name: The run's name.
         estimator: What comes after the encoder.
         datasets: What `write_datasets` returned.
         params: Parameters to record beside the estimator's own.
+        engine: Who fits; `dask` is the cluster that DASK_SCHEDULER_ADDRESS names. `engines.training` says more.
     """
-    train = datasets[0].df
-    with mlflow.start_run(run_name=name):
-        mlflow.log_params(estimator.get_params())
-        model = make_pipeline(estimator).fit(inputs(train), labels(train))
+    train, address = datasets[0].df, str(datasets[0].source.to_dict().get("uri", ""))
+    with fitting(engine, estimator) as fit, mlflow.start_run(run_name=name):
+        mlflow.log_params({**estimator.get_params(), "engine": engine})
+        model = fit(make_pipeline(estimator), train, address)
         return log_fitted(model, datasets, params=params)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -22,6 +23,8 @@ from cyclopts import App, CycloptsError, Parameter
 from mlplatform.clients.hastening import hasten_feast
 from mlplatform.clients.waiting import limit_waiting
 from mlplatform.connection import UNSUPERVISED, check_services, connect
+from mlplatform.engines import EngineName
+from mlplatform.engines.cluster import VARIABLE
 from mlplatform.errors import NotebookError, PlatformError
 from mlplatform.settings import (
     CHAMPION,
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m mlplatform_ops"
 PlatformName = Literal["embedded", "k8s", "env"]
-EngineName = Literal["local", "dask"]
 ALARM_STATUS = 3  # so that a schedule tells an alarm from a failure
 
 app = App(
@@ -272,6 +274,18 @@ def features(*, platform: PlatformName = "embedded", target: Target = CURRENT, e
         from mlplatform.features import build
 
         build(notify=say)
+
+
+@app.command
+def with_dask(program: str, /, *arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
+    """Run a command with the platform and a Dask cluster of this machine, or the one that is named, in its environment.
+
+    Args:
+        program: The command; its status is returned.
+        arguments: Its arguments.
+    """
+    with _platform("embedded", CURRENT, ()), _workers("dask"):
+        return subprocess.run([program, *arguments], check=False).returncode
 
 
 @app.command
@@ -681,7 +695,7 @@ def _diagnose(settings: Settings, platform: PlatformName) -> None:
 
 def _workers(engine: EngineName) -> AbstractContextManager[Any]:
     """Start a Dask cluster of this machine where one is asked for and none is named."""
-    if engine == "local" or os.environ.get("DASK_SCHEDULER_ADDRESS"):
+    if engine == "local" or os.environ.get(VARIABLE):
         return nullcontext()
     from mlplatform_ops.dask_cluster import dask_cluster
 

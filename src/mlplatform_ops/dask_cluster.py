@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlplatform.feast_plugins.distributed import VARIABLE
+from mlplatform.engines.cluster import VARIABLE
 from mlplatform_ops.embedded.services import make_certificates
 from mlplatform_ops.ports import HOST
 from mlplatform_ops.runner import require_group

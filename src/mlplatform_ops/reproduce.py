@@ -19,6 +19,7 @@ from sklearn.tree import DecisionTreeClassifier
 from xgboost import XGBClassifier
 
 from mlplatform import modeling, objectstore, table, tracking
+from mlplatform.engines.training import fitting
 from mlplatform.errors import MissingObjectError, RegistryError
 from mlplatform.promotion import gate
 from mlplatform.promotion.alias import mlflow_errors
@@ -98,7 +99,8 @@ def reproduce(run_id: str) -> list[Comparison]:
     ]
     estimator = make_estimator(run.data.params)
     train, test = frames["training"], frames["testing"]
-    model = modeling.make_pipeline(estimator).fit(modeling.inputs(train), modeling.labels(train))
+    with fitting(run.data.params.get("engine", "local"), estimator) as fit:
+        model = fit(modeling.make_pipeline(estimator), train, data["training"].uri)
     answers, logged = modeling.probabilities(model, test).tolist(), _answers(run)
     apart = float(np.abs(np.subtract(answers, logged)).max()) if len(logged) == len(answers) else None
     digests = provenance.digest(logged) if logged else "", provenance.digest(answers)

@@ -11,6 +11,8 @@ from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
+from mlplatform.engines import EngineName
+from mlplatform.engines.cluster import scheduler_of
 from mlplatform.errors import PlatformError, SettingsError
 from mlplatform.settings import find_root
 
@@ -38,15 +40,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @app.command
-def batch(*, people: str | None = None, scored_at: str = "2023-09-16", alias: str = "champion") -> None:
+def batch(
+    *,
+    people: str | None = None,
+    scored_at: str = "2023-09-16",
+    alias: str = "champion",
+    engine: EngineName = "local",
+) -> None:
     """Score people here, with Kubeflow's local runner.
 
     Args:
         people: S3 address of user_id and event_timestamp; by default every user of the history, at scored_at.
         scored_at: The moment, UTC.
         alias: Which version of the model.
+        engine: Who scores; dask is the cluster that DASK_SCHEDULER_ADDRESS names.
     """
     _installed()
+    scheduler_of(engine)
     import pandas as pd
 
     from mlplatform import connect, history, income
@@ -60,12 +70,20 @@ def batch(*, people: str | None = None, scored_at: str = "2023-09-16", alias: st
         users = history.build_history(frame)[history.USER_ID].drop_duplicates()
         people = steps.write_people(users.tolist(), pd.Timestamp(scored_at, tz="UTC"))
     root = find_root() / "build" / "pipeline"
-    done = local.run(pipeline.batch, {"people_uri": people, "alias": alias}, root, notify=_say)
+    done = local.run(pipeline.batch, {"people_uri": people, "alias": alias, "engine": engine}, root, notify=_say)
     _say(f"MLflow's run {done.outputs['Output']} of experiment {steps.EXPERIMENT} names inputs and outputs")
 
 
 @app.command
-def retrain(data: str, /, *, alias: str = "champion", seed: int = 42, model: str = "income-above-50k") -> None:
+def retrain(
+    data: str,
+    /,
+    *,
+    alias: str = "champion",
+    seed: int = 42,
+    model: str = "income-above-50k",
+    engine: EngineName = "local",
+) -> None:
     """Train again here on a window of labelled rows, and ask the gate; prints MLflow's run.
 
     Args:
@@ -73,14 +91,16 @@ def retrain(data: str, /, *, alias: str = "champion", seed: int = 42, model: str
         alias: Whose estimator is used.
         seed: Of the split.
         model: The registered model.
+        engine: Who fits; dask is the cluster that DASK_SCHEDULER_ADDRESS names.
     """
     _installed()
+    scheduler_of(engine)
     from mlplatform import connect
     from mlplatform_pipeline import local, retraining, steps
 
     connect()
     steps.ready()
-    arguments = {"data_uri": data, "alias": alias, "seed": seed, "model": model}
+    arguments = {"data_uri": data, "alias": alias, "seed": seed, "model": model, "engine": engine}
     done = local.run(retraining.retraining, arguments, find_root() / "build" / "pipeline", notify=_say)
     _say(str(done.outputs["decision"]))
     print(done.outputs["run_id"])

@@ -39,12 +39,12 @@ def fetch_features(people_uri: str, features_digest: str) -> str:
 
 
 @step
-def score(features_uri: str, alias: str, model_version: str, part: int, parts: list[int]) -> str:
+def score(features_uri: str, alias: str, model_version: str, part: int, parts: list[int], engine: str) -> str:
     """Let the champion score one part."""
     from mlplatform_pipeline import steps
 
     steps.ready()
-    return steps.score(features_uri, alias, model_version, part, len(parts))
+    return steps.score(features_uri, alias, model_version, part, len(parts), engine)
 
 
 @step
@@ -84,11 +84,18 @@ def summarise(
 # A pipeline of its own: KFP 2.17's local runner gives every input of a loop that comes from another step the loop's
 # own number, and inputs of the pipeline around the loop are safe from it.
 @dsl.pipeline(name="score-parts")
-def score_parts(features_uri: str, alias: str, model_version: str, parts: list[int]) -> list[str]:
+def score_parts(features_uri: str, alias: str, model_version: str, parts: list[int], engine: str) -> list[str]:
     """Score each part side by side with the others."""
     with dsl.ParallelFor(parts) as part:
         scored = on_cluster(
-            score(features_uri=features_uri, alias=alias, model_version=model_version, part=part, parts=parts)
+            score(
+                features_uri=features_uri,
+                alias=alias,
+                model_version=model_version,
+                part=part,
+                parts=parts,
+                engine=engine,
+            )
         )
     return dsl.Collected(scored.output)
 
@@ -101,6 +108,7 @@ def batch(
     most_unknown: float = 0.01,
     lowest_mean: float = 0.15,
     highest_mean: float = 0.35,
+    engine: str = "local",
 ) -> str:
     """Score people with the champion and the features of their moment.
 
@@ -111,6 +119,7 @@ def batch(
         most_unknown: Share of people without features from which the batch is stopped.
         lowest_mean: Mean probability below which it is stopped.
         highest_mean: Mean probability above which it is stopped.
+        engine: Who scores: local is each step itself, dask the cluster that DASK_SCHEDULER_ADDRESS names there.
 
     Returns:
         MLflow's run of the batch.
@@ -119,7 +128,7 @@ def batch(
     asked.set_caching_options(False)
     version, digest = asked.outputs["model_version"], asked.outputs["features_digest"]
     fetched = on_cluster(fetch_features(people_uri=people_uri, features_digest=digest))
-    scored = score_parts(features_uri=fetched.output, alias=alias, model_version=version, parts=parts)
+    scored = score_parts(features_uri=fetched.output, alias=alias, model_version=version, parts=parts, engine=engine)
     collected = on_cluster(
         collect(
             people_uri=people_uri,

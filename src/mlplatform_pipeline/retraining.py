@@ -29,12 +29,12 @@ def read_window(data_uri: str, alias: str, model: str) -> NamedTuple(
 
 
 @step
-def train(data_uri: str, data_digest: str, alias: str, model_version: str, seed: int, model: str) -> str:
+def train(data_uri: str, data_digest: str, alias: str, model_version: str, seed: int, model: str, engine: str) -> str:
     """Fit the champion's estimator on the window; MLflow's run."""
     from mlplatform_pipeline import steps
 
     steps.ready()
-    return steps.train(data_uri, alias, seed, model)
+    return steps.train(data_uri, alias, seed, model, engine)
 
 
 @step
@@ -47,9 +47,9 @@ def decide(run_id: str, model: str) -> str:
 
 
 @dsl.pipeline(name=NAME, description="Train again on a window of labelled rows, and ask the gate.")
-def retraining(data_uri: str, alias: str = "champion", seed: int = 42, model: str = "income-above-50k") -> NamedTuple(
-    "Retrained", [("run_id", str), ("decision", str)]
-):
+def retraining(
+    data_uri: str, alias: str = "champion", seed: int = 42, model: str = "income-above-50k", engine: str = "local"
+) -> NamedTuple("Retrained", [("run_id", str), ("decision", str)]):
     """Train again on a window of labelled rows, and ask the gate.
 
     Args:
@@ -57,6 +57,7 @@ def retraining(data_uri: str, alias: str = "champion", seed: int = 42, model: st
         alias: Whose estimator is used.
         seed: Of the split.
         model: The registered model.
+        engine: Who fits: local is the step itself, dask the cluster that DASK_SCHEDULER_ADDRESS names there.
 
     Returns:
         MLflow's run, and the decision with its reason.
@@ -71,6 +72,7 @@ def retraining(data_uri: str, alias: str = "champion", seed: int = 42, model: st
             model_version=window.outputs["model_version"],
             seed=seed,
             model=model,
+            engine=engine,
         )
     )
     decided = on_cluster(decide(run_id=trained.output, model=model))

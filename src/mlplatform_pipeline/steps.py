@@ -11,16 +11,23 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
 from typing import Any
+from uuid import uuid4
 
 import mlflow
 import numpy as np
 import pandas as pd
 import yaml
+from numpy.typing import NDArray
 from sklearn.base import clone
+from sklearn.pipeline import Pipeline
 
 from mlplatform import feature_client, history, income, lineage, modeling, objectstore, registry, table, tracking
 from mlplatform.clients.hastening import hasten_feast
+from mlplatform.engines import EngineName
+from mlplatform.engines.cluster import map_rows
 from mlplatform.errors import DataError, PlatformError, RegistryError
 from mlplatform.history import EVENT_TIMESTAMP
 from mlplatform.monitoring import drift_watch
@@ -40,6 +47,7 @@ PEOPLE = f"s3://{DATASETS_BUCKET}/people/people.parquet"
 FEATURES = f"{drift_watch.BATCHES}/features.parquet"
 PARTS = f"s3://{DATASETS_BUCKET}/predictions-parts/part.parquet"
 PREDICTIONS = f"s3://{DATASETS_BUCKET}/predictions/income.parquet"
+_LOADING = Lock()  # a worker of several threads loads a model once, too
 
 
 def ready() -> None:
@@ -169,7 +177,9 @@ def fetch_features(people_uri: str) -> str:
     return objectstore.write_frame(answer[[history.USER_ID, EVENT_TIMESTAMP, *income.COLUMNS]], FEATURES)
 
 
-def score(features_uri: str, alias: str, model_version: str, part: int, parts: int) -> str:
+def score(
+    features_uri: str, alias: str, model_version: str, part: int, parts: int, engine: EngineName = "local"
+) -> str:
     """Let the champion score one part of the people; who has no features gets no number.
 
     Args:
@@ -178,27 +188,52 @@ def score(features_uri: str, alias: str, model_version: str, part: int, parts: i
         model_version: The version that must hold the alias, so that all parts are scored by one model.
         part: Which part, from 0.
         parts: How many there are.
+        engine: Who scores; `dask` divides the part once more, among the workers of a cluster.
 
     Returns:
         Address of a table of user, moment and probability.
 
     Raises:
         RegistryError: The alias has moved since the batch began.
+        SettingsError: As in `map_rows`.
+        ServiceDownError: As in `map_rows`.
     """
     rows = objectstore.read_frame(features_uri)
-    rows = rows.iloc[np.array_split(np.arange(len(rows)), parts)[part]].reset_index(drop=True)
+    start, stop = (len(rows) * edge // parts for edge in (part, part + 1))
+    scored = map_rows(engine, score_rows, range(start, stop), features_uri, alias, model_version, uuid4().hex)
+    people = rows[[history.USER_ID, EVENT_TIMESTAMP]].iloc[start:stop].reset_index(drop=True)
+    return objectstore.write_frame(people.assign(probability=np.concatenate(scored)), PARTS)
+
+
+def score_rows(features_uri: str, alias: str, model_version: str, job: str, rows: range) -> NDArray[np.float64]:
+    """Score some of the people, in this process or on a worker, which loads the model for its first rows of a job.
+
+    Returns:
+        Each one's probability; not a number for who has no features.
+
+    Raises:
+        RegistryError: The alias has moved since the batch began.
+    """
+    with _LOADING:
+        model = _load_model(alias, model_version, job)
+    frame = objectstore.read_frame(features_uri).iloc[rows.start : rows.stop]
+    known = frame[list(income.COLUMNS)].notna().all(axis=1).to_numpy()
+    probability = np.full(len(frame), np.nan)
+    if known.any():
+        probability[known] = modeling.probabilities(model, frame[known])
+    return probability
+
+
+@lru_cache(maxsize=1)
+def _load_model(alias: str, model_version: str, job: str) -> Pipeline:
+    ready()
     model = registry.load_model(alias)
     holder = drift_watch.champion(alias).version
     if str(holder) != model_version:
         raise RegistryError(
             f"{alias!r} moved from version {model_version} to {holder} while the batch ran; run it again for one model"
         )
-    known = rows[list(income.COLUMNS)].notna().all(axis=1).to_numpy()
-    probability = np.full(len(rows), np.nan)
-    if known.any():
-        probability[known] = modeling.probabilities(model, rows[known])
-    scored = rows[[history.USER_ID, EVENT_TIMESTAMP]].assign(probability=probability)
-    return objectstore.write_frame(scored, PARTS)
+    return model
 
 
 def collect(people_uri: str, features_uri: str, features_digest: str, model_version: str, parts: Sequence[str]) -> str:
@@ -297,7 +332,7 @@ def _crossed(figures: dict[str, float], thresholds: Thresholds) -> str:
     return ""
 
 
-def train(data_uri: str, alias: str, seed: int, model: str | None = None) -> str:
+def train(data_uri: str, alias: str, seed: int, model: str | None = None, engine: EngineName = "local") -> str:
     """Fit the champion's estimator on a window of labelled rows, as notebook 2 does, and evaluate it for the gate.
 
     The champion is evaluated on the same rows: how it did on those of its own time says nothing about these.
@@ -307,6 +342,7 @@ def train(data_uri: str, alias: str, seed: int, model: str | None = None) -> str
         alias: Whose estimator is used.
         seed: Of the split.
         model: The registered model, by default the table's.
+        engine: Who fits, as in `tracking.fit_and_log`.
 
     Returns:
         MLflow's run, in an experiment of its own: notebook 4 compares runs that were tested on the same rows.
@@ -322,7 +358,8 @@ def train(data_uri: str, alias: str, seed: int, model: str | None = None) -> str
     datasets = tracking.write_datasets(training, testing, frame)
     mlflow.set_experiment(RETRAINING_EXPERIMENT)
     estimator = clone(champion.named_steps["estimator"])
-    run = tracking.fit_and_log("retrained", estimator, datasets, params={"seed": seed, "window": data_uri})
+    params = {"seed": seed, "window": data_uri}
+    run = tracking.fit_and_log("retrained", estimator, datasets, params=params, engine=engine)
     with mlflow.start_run(run_id=run.run_id):
         found = gate.evaluate(run.model, testing, frame)
         gate.log(found, champion=(str(holder.run_id), gate.evaluate_serving(champion, testing, frame, like=found)))

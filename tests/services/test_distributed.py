@@ -27,6 +27,7 @@ from feast import FeatureStore
 from shop import scratch_repository
 
 from mlplatform import features, history, objectstore
+from mlplatform.engines import cluster
 from mlplatform.errors import ServiceDownError, SettingsError
 from mlplatform.feast_plugins import distributed
 from mlplatform.history import FEATURES, USER_ID, VIEWS
@@ -45,13 +46,6 @@ def versions() -> pd.DataFrame:
 
 
 @pytest.fixture
-def on_dask(dask_workers: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The one setting, which the feature repository's own `feature_store.yaml` reads."""
-    monkeypatch.setenv(distributed.VARIABLE, dask_workers.scheduler_address)
-    return dask_workers
-
-
-@pytest.fixture
 def many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make as many tasks of the census as of some million rows."""
     monkeypatch.setattr(distributed, "ROWS_PER_TASK", 10_000)
@@ -60,7 +54,7 @@ def many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 def alone(repo: Path, entity_df: pd.DataFrame) -> pd.DataFrame:
     """Ask the same files in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(distributed.VARIABLE, raising=False)
+        patch.delenv(cluster.VARIABLE, raising=False)
         return features.point_in_time(features.open_store(repo), entity_df)
 
 
@@ -195,7 +189,7 @@ def test_every_row_and_every_user_are_as_on_one_machine(
     pd.testing.assert_frame_equal(features.point_in_time(store, asked), alone(repo, asked))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(distributed.VARIABLE)
+        patch.delenv(cluster.VARIABLE)
         single = features.apply(other)
         features.materialise(single)
     mine = stored(platform, store)
@@ -217,7 +211,7 @@ def test_one_user_with_a_third_of_the_rows_and_pieces_that_are_spilled(
     store = features.apply(repo)
     asked = questions(skewed)
     pd.testing.assert_frame_equal(features.point_in_time(store, asked), alone(repo, asked))
-    with distributed.cluster(on_dask.scheduler_address) as client:
+    with cluster.cluster(on_dask.scheduler_address) as client:
         spilled = client.run(spilled_bytes)
     assert all(size > 0 for size in spilled.values()), spilled
 
@@ -341,21 +335,21 @@ def test_a_scheduler_that_does_not_answer_is_named(small: Path, monkeypatch: pyt
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"tls://127.0.0.1:{probe.getsockname()[1]}"
-    monkeypatch.setattr(distributed, "WAIT_S", 1)
-    monkeypatch.setenv(distributed.VARIABLE, address)
+    monkeypatch.setattr(cluster, "WAIT_S", 1)
+    monkeypatch.setenv(cluster.VARIABLE, address)
     with pytest.raises(ServiceDownError, match=rf"the Dask scheduler at {address} does not answer; start it, or unset"):
         ask(small)
 
 
 def test_a_missing_group_is_named(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(distributed.VARIABLE, "tls://127.0.0.1:1")
+    monkeypatch.setenv(cluster.VARIABLE, "tls://127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(SettingsError, match=r"group 'scale' are not installed; run 'make \.venv/\.scale'"):
         ask(small)
 
 
 def test_an_address_without_tls_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(distributed.VARIABLE, "tcp://127.0.0.1:1")
+    monkeypatch.setenv(cluster.VARIABLE, "tcp://127.0.0.1:1")
     with pytest.raises(SettingsError, match=r"tcp://127.0.0.1:1 is no address of TLS"):
         ask(small)
 

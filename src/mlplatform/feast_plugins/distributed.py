@@ -16,15 +16,14 @@ import math
 import operator
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -37,20 +36,17 @@ from feast.infra.compute_engines.local.compute import LocalComputeEngine
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.utils import _get_column_names
 
-from mlplatform.errors import PlatformError, ServiceDownError, SettingsError
+from mlplatform.engines.cluster import Gather, on_cluster
+from mlplatform.errors import PlatformError, SettingsError
 from mlplatform.feast_plugins import point_in_time as one_machine
 from mlplatform.feast_plugins.duckdb_s3 import connection, duckdb_errors, quote_name, quote_text
 from mlplatform.feast_plugins.parquet_source import ParquetFile, family
 from mlplatform.feast_plugins.point_in_time import Lookup
 
-VARIABLE = "DASK_SCHEDULER_ADDRESS"  # Dask's own clients read it too
 # Rows that one task reads, and that one share holds on average: some hundred megabytes of Arrow.
 ROWS_PER_TASK = 1_000_000
-WAIT_S = 10
 ATTEMPTS = 3
 PLACE = "__place"
-_Answer = TypeVar("_Answer")
-_Gather = Callable[[Sequence[Any]], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ def point_in_time(
     asked = entities.select([*keys, time_column]).append_column(PLACE, pa.array(np.arange(len(entities))))
     with connection() as duck:
         plans = [_plan(duck, view, asked) for view in views]
-    found = _on_cluster(scheduler, partial(_join, asked, time_column, views, plans, created_before))
+    found = on_cluster(scheduler, partial(_join, asked, time_column, views, plans, created_before))
     answer = entities
     for view, columns in zip(views, found, strict=True):
         for name in view.features:
@@ -99,7 +95,7 @@ def _join(
     plans: Sequence[tuple[Sequence[Sequence[Span]], Mapping[str, str]]],
     created_before: bool,
     client: Any,
-    gather: _Gather,
+    gather: Gather,
 ) -> list[pa.Table]:
     """Give each view's features, in the order of the rows asked."""
     slices = [asked.slice(start, ROWS_PER_TASK) for start in range(0, max(len(asked), 1), ROWS_PER_TASK)]
@@ -122,40 +118,6 @@ def _join(
         found = pa.concat_tables(gather(futures))
         answers.append(found.take(pa.array(np.argsort(found.column(PLACE).to_numpy()))))
     return answers
-
-
-class _LostError(ServiceDownError):
-    """What the cluster held for the driver is gone, and only the driver can begin again."""
-
-
-def _on_cluster(scheduler: str, job: Callable[[Any, _Gather], _Answer]) -> _Answer:
-    """Do a job on the cluster, from its beginning again where what nobody else could compute again is lost.
-
-    The worker that held rows asked is gone; or the connection to the scheduler is, which forgets whom it worked for.
-
-    Args:
-        scheduler: The scheduler's address.
-        job: Takes a client, and what waits for tasks and gives their results.
-    """
-    for _ in range(ATTEMPTS - 1):
-        with suppress(_LostError):
-            return _attempt(scheduler, job)
-    return _attempt(scheduler, job)
-
-
-def _attempt(scheduler: str, job: Callable[[Any, _Gather], _Answer]) -> _Answer:
-    with cluster(scheduler) as client:
-        connection = client.scheduler_comm
-
-        def gather(futures: Sequence[Any]) -> list[Any]:
-            # Dask connects again by itself, and waits forever for tasks that it sent meanwhile.
-            while not all(future.done() for future in futures):
-                if client.scheduler_comm is not connection and client.status != "connecting":
-                    raise _LostError(f"the connection to the Dask scheduler at {scheduler} ended; run it again")
-                time.sleep(0.01)
-            return list(client.gather(futures))
-
-        return job(client, gather)
 
 
 def load(engine: LocalComputeEngine, registry: BaseRegistry, task: MaterializationTask) -> tuple[int, int] | None:
@@ -199,7 +161,7 @@ def load(engine: LocalComputeEngine, registry: BaseRegistry, task: Materializati
         "classes": [type(part) for part in (engine, engine.offline_store, engine.online_store)],
     }
 
-    def write(client: Any, gather: _Gather) -> list[Any]:
+    def write(client: Any, gather: Gather) -> list[Any]:
         count = _shares(client, keys, spans, 0)
         known = [client.submit(read_and_split, lookup, part, types, count, pure=False) for part in spans]
         loaded = [
@@ -219,7 +181,7 @@ def load(engine: LocalComputeEngine, registry: BaseRegistry, task: Materializati
         return gather(loaded)
 
     # Writing a row again changes nothing.
-    done = _on_cluster(scheduler, write)
+    done = on_cluster(scheduler, write)
     return sum(rows for rows, _ in done), sum(changed for _, changed in done)
 
 
@@ -227,50 +189,6 @@ def scheduler_of(config: RepoConfig) -> str:
     """Give the address of the scheduler that `feature_store.yaml` names; empty where the variable in it is not set."""
     address = str(getattr(config.offline_store, "scheduler", ""))
     return "" if address.startswith("$") else address
-
-
-@contextmanager
-def cluster(scheduler: str) -> Iterator[Any]:
-    """Connect to a cluster for one job; the certificates are those of Dask's own settings.
-
-    Raises:
-        SettingsError: Dask is not installed, or the address is not one of TLS.
-        ServiceDownError: The scheduler does not answer, has no workers, or lost too many of them.
-    """
-    try:
-        from distributed import Client, Security
-        from distributed.client import CancelledError
-        from distributed.comm import CommClosedError
-        from distributed.scheduler import KilledWorker
-    except ImportError as error:
-        raise SettingsError(
-            f"{VARIABLE} is set and the packages of the group 'scale' are not installed; run 'make .venv/.scale'"
-        ) from error
-    if not scheduler.startswith("tls://"):
-        raise SettingsError(
-            f"{VARIABLE}={scheduler} is no address of TLS, and whoever reaches a scheduler runs code on it; "
-            "start it with certificates and give tls://host:port"
-        )
-    where = f"the Dask scheduler at {scheduler}"
-    otherwise = f"start it, or unset {VARIABLE} to work in this process"
-    try:
-        client = Client(scheduler, security=Security(require_encryption=True), timeout=WAIT_S, set_as_default=False)
-    except (OSError, ValueError, TypeError) as error:
-        raise ServiceDownError(f"{where} does not answer; {otherwise}") from error
-    try:
-        try:
-            client.wait_for_workers(1, timeout=WAIT_S)
-        except TimeoutError as error:
-            raise ServiceDownError(f"{where} has no workers; start some, or unset {VARIABLE}") from error
-        yield client
-    except KilledWorker as error:
-        raise ServiceDownError(
-            f"{where} gave up, since workers kept dying over one task; give them more memory, or look at their logs"
-        ) from error
-    except (CancelledError, CommClosedError) as error:
-        raise _LostError(f"{where} lost its workers, or the connection to it ended; run it again") from error
-    finally:
-        client.close()
 
 
 # What the driver does
