@@ -21,6 +21,7 @@ from mlplatform.modeling import inputs, labels
 
 # Settings of XGBClassifier that are for its own `fit`.
 NOT_DISTRIBUTED = ("callbacks", "early_stopping_rounds", "feature_types", "feature_weights")
+MEET_S = 60  # in which all workers must have begun; one that waits for a lost one is busy until then
 NOTICED_S = 3  # in which a scheduler notices that a worker is gone
 
 
@@ -119,7 +120,7 @@ def fit(client: Any, model: Pipeline, train: pd.DataFrame, uri: str) -> Pipeline
             data,
             estimator.get_num_boosting_rounds(),
             # By itself XGBoost's tracker listens on another address than the scheduler.
-            coll_cfg=Config(tracker_host_ip=get_address_host(known["address"])),
+            coll_cfg=Config(tracker_host_ip=get_address_host(known["address"]), tracker_timeout=MEET_S),
         )
     trained["booster"].set_param({"nthread": estimator.n_jobs or 0})
     # What `XGBClassifier.fit` leaves; its `load_model` would also change parameters.
