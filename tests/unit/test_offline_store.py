@@ -154,7 +154,7 @@ def questions(draw: st.DrawFn) -> tuple[pd.DataFrame, pd.DataFrame]:
     return make_versions(rows), entity_df
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=questions())
 def test_every_row_asked_gets_what_another_as_of_join_gives(repo: Repo, drawn):
     versions, entity_df = drawn
@@ -245,7 +245,7 @@ def visit_store(repo: Repo, tmp_path_factory: pytest.TempPathFactory) -> tuple[F
 
 
 @pytest.mark.parametrize("has_created", [True, False], ids=["with a time of writing", "without"])
-@settings(max_examples=EXAMPLES // 2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES // 2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=two_key_questions())
 def test_two_keys_ties_ranges_and_other_names_give_what_a_look_through_all_rows_gives(visit_store, drawn, has_created):
     stored, entity_df = drawn
