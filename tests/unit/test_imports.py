@@ -49,6 +49,13 @@ def test_neither_is_loaded_before_a_module_that_needs_it_is_used() -> None:
     assert loaded == {line: [] for line in [*light, *first]} | {"tracking.EXPERIMENT": ["mlflow"]}
 
 
+def test_what_runs_on_dask_is_imported_without_dask_and_xgboost() -> None:
+    code = "import sys, mlplatform, mlplatform.engines.cluster, mlplatform.engines.training\n"
+    code += "print(sorted({'dask', 'distributed', 'xgboost'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_a_misspelt_module_is_an_import_error() -> None:
     with pytest.raises(ImportError, match="modelling"):
         from mlplatform import modelling  # noqa: F401
