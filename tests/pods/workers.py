@@ -38,12 +38,13 @@ import redis
 
 from mlplatform import features, history, objectstore
 from mlplatform.connection import connect
+from mlplatform.engines import cluster
 from mlplatform.feast_plugins import distributed
 from mlplatform.history import USER_ID
 from mlplatform.income import read_income
 
 settings = connect()
-scheduler = os.environ[distributed.VARIABLE]
+scheduler = os.environ[cluster.VARIABLE]
 versions = history.build_history(read_income(Path("/app/data/income_data.csv"))).reset_index(drop=True)
 took = {}
 
@@ -106,7 +107,7 @@ times, direct = {}, set()
 
 
 def watch():
-    with distributed.cluster(scheduler) as client:
+    with cluster.cluster(scheduler) as client:
         while "done" not in times:
             sockets = [line.split()[2] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
             direct.update(other for other in sockets if other.endswith(f":{8788:04X}"))
@@ -126,7 +127,7 @@ again = timed("history, a worker lost", lambda: features.point_in_time(store, as
 times["done"] = time.monotonic()
 thread.join()
 
-del os.environ[distributed.VARIABLE]
+del os.environ[cluster.VARIABLE]
 single = features.apply(made("single"))
 features.materialise(single)
 alone = timed("history in one process", lambda: features.point_in_time(single, asked))
@@ -224,8 +225,8 @@ def ask_and_lose_a_worker(cluster: Cluster, servers: list[Pod]) -> dict[str, Any
 def show_that_a_laptop_reaches_the_workers(cluster: Cluster) -> None:
     """Compute on a worker from outside the pods, with what a forward gives a client: an address and a file."""
     code = (
-        "import sys; from mlplatform.feast_plugins import distributed\n"
-        "with distributed.cluster(sys.argv[1]) as client: print(client.submit(max, [1, 2]).result())"
+        "import sys; from mlplatform.engines import cluster\n"
+        "with cluster.cluster(sys.argv[1]) as client: print(client.submit(max, [1, 2]).result())"
     )
     address = f"tls://{cluster.services[SCHEDULER][1]}:{PORTS[SCHEDULER]}"
     with tempfile.TemporaryDirectory() as folder:

@@ -270,7 +270,7 @@ def test_a_forward_to_the_scheduler_that_drops_in_mid_job_changes_nothing(
     asked, answer = tmp_path / "asked.parquet", tmp_path / "answer.parquet"
     versions[[USER_ID, "event_timestamp"]].to_parquet(asked)
     with forward(int(on_dask.scheduler_address.rpartition(":")[2])) as (port, drop):
-        environ = os.environ | {distributed.VARIABLE: f"tls://127.0.0.1:{port}"}
+        environ = os.environ | {cluster.VARIABLE: f"tls://127.0.0.1:{port}"}
 
         def run(what: str) -> str:
             command = [sys.executable, "-W", "ignore", "-c", FORWARDED, what, str(repo), str(asked), str(answer)]
