@@ -89,7 +89,7 @@ def test_a_client_asks_as_often_as_it_is_told_while_a_dropped_forward_is_made_an
     port = int(settings.s3_endpoint.rsplit(":", 1)[1])
 
     def open_later() -> None:
-        time.sleep(1.5)
+        time.sleep(1.1)  # a client that asks twice has ended by then
         with HTTPServer(("127.0.0.1", port), _EmptyStore) as server:
             server.handle_request()
 
