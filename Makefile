@@ -101,7 +101,7 @@ features: $(READY) $(SCALE) ## Register the features and materialise them to the
 ##@ Batches and drift
 .PHONY: drift rollback pipeline pipeline-yaml loop reproduce
 pipeline: $(VENV)/.pipelines $(SCALE) ## Score everybody with the batch pipeline, on this machine (PEOPLE=s3://..., ENGINE=dask: on several processes)
-	@$(CLI) up && $(if $(filter dask,$(ENGINE)),$(CLI) with-dask) $(PIPELINE) batch $(DASK) $(if $(PEOPLE),--people $(PEOPLE))
+	@$(if $(filter dask,$(ENGINE)),$(CLI) with-dask,$(CLI) up &&) $(PIPELINE) batch $(DASK) $(if $(PEOPLE),--people $(PEOPLE))
 
 pipeline-yaml: $(VENV)/.pipelines ## Compile the pipelines to the YAML that a cluster runs
 	@$(PIPELINE) compile
