@@ -281,6 +281,30 @@ def test_a_forward_to_the_scheduler_that_drops_in_mid_job_changes_nothing(
     pd.testing.assert_frame_equal(pd.read_parquet(answer), alone(repo, pd.read_parquet(asked)))
 
 
+def test_a_job_begins_again_though_the_lost_client_fails_to_close(
+    on_dask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distributed import Client
+
+    clients: list[Client] = []
+    close = Client.close
+
+    def job(client: Client, gather: cluster.Gather) -> list[int]:
+        clients.append(client)
+        if len(clients) == 1:
+            raise cluster.LostError("the connection ended")
+        return gather([client.submit(max, [1, 2])])
+
+    def failing(client: Client, *arguments: Any) -> None:
+        close(client, *arguments)
+        if client is clients[0]:
+            raise AssertionError
+
+    monkeypatch.setattr(Client, "close", failing)
+    assert cluster.on_cluster(on_dask.scheduler_address, job) == [2]
+    monkeypatch.undo()
+
+
 def test_no_credential_and_no_address_is_in_a_tasks_arguments(
     on_dask: Any, versions: pd.DataFrame, platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,10 @@ def cluster(scheduler: str) -> Iterator[Any]:
     except (CancelledError, CommClosedError) as error:
         raise LostError(f"{where} lost its workers, or the connection to it ended; run it again") from error
     finally:
-        client.close()
+        try:
+            client.close()
+        except Exception:  # of its connecting again, which says less than what is raised already
+            client.status = "closed"
 
 
 class LostError(ServiceDownError):
@@ -150,10 +153,13 @@ def _attempt(scheduler: str, job: Callable[[Any, Gather], _Answer]) -> _Answer:
         connection = client.scheduler_comm
 
         def gather(futures: Sequence[Any]) -> list[Any]:
-            # Dask connects again by itself, and waits forever for tasks that it sent meanwhile.
+            # Dask connects again by itself, or fails to, and waits forever for tasks that it sent meanwhile.
+            deadline = math.inf
             while not all(future.done() for future in futures):
-                if client.scheduler_comm is not connection and client.status != "connecting":
-                    raise LostError(f"the connection to the Dask scheduler at {scheduler} ended; run it again")
+                if client.scheduler_comm is not connection:
+                    deadline = min(deadline, time.monotonic() + WAIT_S)
+                    if client.status != "connecting" or time.monotonic() > deadline:
+                        raise LostError(f"the connection to the Dask scheduler at {scheduler} ended; run it again")
                 time.sleep(0.01)
             return list(client.gather(futures))
 
