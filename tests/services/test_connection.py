@@ -17,10 +17,11 @@ def test_feast_is_imported_without_being_compiled_twice() -> None:
 
 def test_mlflow_does_not_import_feast_for_a_header_that_feast_still_adds() -> None:
     code = """if True:
-        import sys
+        import inspect, sys
         from mlplatform.clients.hastening import hasten_feast
         hasten_feast()
         from mlflow.tracking.request_header.registry import resolve_request_headers
+        inspect.getmodule(compile("", "nowhere", "exec"))
         print(resolve_request_headers().get("Authorization"), "feast" in sys.modules)
         from feast.infra.data_sources.mlflow.auth import mlflow_token_scope
         with mlflow_token_scope("of-the-request"):

@@ -30,13 +30,12 @@ class _HeadersLater(ModuleType):
     """Stands for Feast's module with that header until Feast asks for it; until then there is no such request."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-    @property
-    def module(self) -> Any:
+        # `inspect` asks every module for its `__file__`.
+        if name.startswith("__"):
+            raise AttributeError(name)
         if sys.modules[_HEADERS] is self:
             del sys.modules[_HEADERS]
-        return import_module(_HEADERS)
+        return getattr(import_module(_HEADERS), name)
 
     class FeastMLflowHeaderProvider:
         """What MLflow makes and asks with every request."""

@@ -45,7 +45,6 @@ from mlplatform.feast_plugins.point_in_time import Lookup
 
 # Rows that one task reads, and that one share holds on average: some hundred megabytes of Arrow.
 ROWS_PER_TASK = 1_000_000
-ATTEMPTS = 3
 PLACE = "__place"
 
 
