@@ -19,7 +19,7 @@ from typing import Any
 from uuid import uuid4
 
 from kfp import local
-from kfp.local import subprocess_task_handler
+from kfp.local import logging_utils, subprocess_task_handler
 
 from mlplatform.errors import PlatformError
 
@@ -71,7 +71,7 @@ def run(
     )
     said = _Lines(notify)
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _once(pipeline), _quiet(), _quoted():
+        with said.everything(), _one_log(), _once(pipeline), _quiet(), _quoted():
             finished = pipeline(**arguments)
     except RuntimeError as error:
         raise PipelineError(f"{pipeline.name}: {_reason(said.getvalue())}") from error
@@ -92,6 +92,12 @@ class _Lines(io.StringIO):
     def __init__(self, notify: Callable[[str], None]) -> None:
         super().__init__()
         self._notify = notify
+
+    @contextlib.contextmanager
+    def everything(self) -> Iterator[None]:
+        """Take what this process prints."""
+        with contextlib.redirect_stdout(self), contextlib.redirect_stderr(self):
+            yield
 
     def write(self, text: str) -> int:
         for match in ENDED.finditer(text):
@@ -130,6 +136,22 @@ def _quoted() -> Iterator[None]:
         yield
     finally:
         subprocess_task_handler.replace_python_executable = replace
+
+
+@contextlib.contextmanager
+def _one_log() -> Iterator[None]:
+    """Change the log once for the whole run, and `print` not at all.
+
+    The runner changes both for each step and then puts back what it found: where steps overlap that is another step's,
+    which would stay for good.
+    """
+    log, indented = logging_utils.local_logger_context, logging_utils.indented_print
+    with log():
+        logging_utils.local_logger_context = logging_utils.indented_print = contextlib.nullcontext
+        try:
+            yield
+        finally:
+            logging_utils.local_logger_context, logging_utils.indented_print = log, indented
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -131,15 +132,15 @@ def test_parts_that_are_not_everybody_are_refused(platform: Settings) -> None:
 
 @pytest.fixture
 def local_runner() -> Any:
-    """Runs a pipeline of one step on this machine."""
+    """Runs a pipeline of `doubling` on this machine."""
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from doubling import doubling
+        import doubling
 
         from mlplatform_pipeline import local
-    return lambda root: local.run(doubling, {"number": 21}, root)
+    return lambda name, *rest, **more: local.run(getattr(doubling, name), *rest, **more)
 
 
 def test_a_pipeline_runs_where_the_environments_path_has_a_space(
@@ -150,7 +151,19 @@ def test_a_pipeline_runs_where_the_environments_path_has_a_space(
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(python))
-    assert local_runner(tmp_path / "root").outputs == {"Output": 42}
+    assert local_runner("doubling", {"number": 21}, tmp_path / "root").outputs == {"Output": 42}
+
+
+def test_steps_that_overlap_leave_print_and_the_log_as_they_were(
+    local_runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, log = print, logging.getLogger()
+    monkeypatch.setattr("builtins.print", before)  # so that no other test suffers where this one fails
+    handlers, level, said = log.handlers[:], log.level, []
+    local_runner("overlapping", {}, tmp_path / "root", notify=said.append)
+    assert print is before
+    assert (log.handlers, log.level) == (handlers, level)
+    assert said.count("wait: success") == 2
 
 
 def test_kfp_runs_with_the_versions_of_the_lock_though_its_own_bounds_are_older() -> None:
