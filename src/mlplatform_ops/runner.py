@@ -338,6 +338,8 @@ def execute(
     problem = ""
     # A kernel of this environment, even where the user has one of the same name.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    # Kernels share the cores. On busy ones the threads of a small matrix product wait for each other ten times as long.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // AT_ONCE)))
     try:
         papermill.execute_notebook(
             str(notebook),

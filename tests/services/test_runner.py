@@ -73,8 +73,14 @@ def test_a_notebook_waits_for_what_it_needs(write: Write, tmp_path: Path) -> Non
     assert [entry.error for entry in run_all([first, second], tmp_path / "out")] == ["", ""]
 
 
-def test_notebooks_side_by_side_each_run_in_their_own_folder(write: Write, tmp_path: Path) -> None:
-    where = ["import os\nfrom mlplatform.results import record\nrecord(folder=os.getcwd())"]
+def test_notebooks_side_by_side_each_run_in_their_own_folder_and_share_the_cores(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    threads = "max(pool['num_threads'] for pool in threadpoolctl.threadpool_info() if pool['user_api'] == 'blas')"
+    imports = "import os, numpy, threadpoolctl\nfrom mlplatform.results import record\n"
+    where = [f"{imports}record(folder=os.getcwd(), blas={threads})"]
     # When one of two ends, this process must still be where it was: the other's kernel may be about to start.
     seen: set[Path] = {Path.cwd()}
     executions = run_all(
@@ -82,7 +88,8 @@ def test_notebooks_side_by_side_each_run_in_their_own_folder(write: Write, tmp_p
         tmp_path / "out",
         notify=lambda _: seen.add(Path.cwd()),
     )
-    assert [read_results(entry.executed)["folder"] for entry in executions] == [str(tmp_path.resolve())] * 2
+    found = [read_results(entry.executed) for entry in executions]
+    assert found == [{"folder": str(tmp_path.resolve()), "blas": 1}] * 2
     assert len(seen) == 1
 
 
