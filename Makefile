@@ -164,9 +164,9 @@ test-workshop: $(VENV)/.workshop ## Take three users through the notebooks at on
 test-cluster: $(READY) ## Pass the tests of the manifests and of the k8s- commands
 	@$(PYTEST) tests/cluster
 
-bench: $(READY) ## Time the feature store, and what users wait for, beside the tools' own ways and the least that the work takes (SCALES='1 10 100')
+bench: $(READY) ## Time what users wait for beside the tools' own ways and the least that the work takes; write docs/speed.md (SCALES='1 10 100')
 	@$(CLI) up && $(BIN)/python -W ignore tests/benchmarks/features.py --scales $(or $(SCALES),1 10)
-	@$(BIN)/python -W ignore tests/benchmarks/waits.py
+	@for part in waits runs page; do $(BIN)/python -W ignore tests/benchmarks/$$part.py || exit; done
 
 format: $(READY) ## Format code and notebooks, strip the notebooks' outputs
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/nbstripout --keep-id notebooks/*.ipynb

@@ -3,7 +3,7 @@
 `make bench` starts the platform and runs this; `SCALES='1 10 100'` adds a hundred times the rows. Each figure is the
 median of at least five runs, and the contenders take turns, so that a busy moment of the machine meets all of them. A
 time counts only after the contenders gave the same answer. Everything lies under names of its own and is removed again;
-the table goes to `build/benchmarks/features.md`.
+the figures go to `build/benchmarks/features.json`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import redis
 import requests
 from feast import FeatureStore
 from feast.infra.online_stores.helpers import _mmh3
+from figures import OURS, Figure, keep, take_turns, timed
 from serving import client as http_client
 from serving import encode, running
 
@@ -49,9 +50,9 @@ STOCK = {
     "  expire_online: false\n": "",
     '  scheduler: "${DASK_SCHEDULER_ADDRESS}"\n': "",
 }
-OURS, FLOOR, FEAST = "ours", "floor", "Feast's stock parts"
-HEAD = ("what", "size", "contender", "median", "spread", "rate", "beside the floor")
-Row = tuple[str, ...]
+FLOOR, FEAST = "floor", "Feast's stock parts"
+# From here on Feast's own ways take minutes, and their order and rows are others.
+MANY_ROWS = 10**6
 
 
 def main() -> None:
@@ -62,18 +63,10 @@ def main() -> None:
     parser.add_argument("--only", choices=("online", "history", "materialise"), help="measure this alone")
     options = parser.parse_args()
     connect()
-    lines = [HEAD, ("---",) * len(HEAD)]
-    for line in lines:
-        show(line)
-    for row in chain.from_iterable(measure(scale, options.repeats, options.only) for scale in options.scales):
-        show(row)
-        lines.append(row)
-    target = find_root() / "build" / "benchmarks" / "features.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("".join(f"| {' | '.join(cells)} |\n" for cells in lines))
+    keep("features", chain.from_iterable(measure(scale, options.repeats, options.only) for scale in options.scales))
 
 
-def measure(scale: int, repeats: int, only: str | None) -> Iterator[Row]:
+def measure(scale: int, repeats: int, only: str | None) -> Iterator[Figure]:
     """Measure everything at one multiple of the data; online reads do not grow with it."""
     versions = make_versions(scale)
     with scratch(versions) as (ours, stock, folder):
@@ -83,32 +76,6 @@ def measure(scale: int, repeats: int, only: str | None) -> Iterator[Row]:
             yield from measure_history(ours, stock, versions, folder, repeats)
         if only in {None, "materialise"}:
             yield from measure_loads(ours, stock, versions, repeats)
-
-
-def show(cells: Sequence[str]) -> None:
-    """Write a line of the table as soon as it is known."""
-    sys.stdout.write(f"| {' | '.join(cells)} |\n")
-    sys.stdout.flush()
-
-
-def take_turns(what: str, size: str, rows: int, runs: Mapping[str, Callable[[], float]], repeats: int) -> Iterator[Row]:
-    """Let the contenders run one after the other, several times; give each one's median and its ratio to the floor."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            seconds[name].append(run())
-    floor = statistics.median(seconds[FLOOR])
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        spread = f"{min(times):.3f} to {max(times):.3f} s"
-        yield what, size, name, f"{median:.3f} s", spread, f"{rows / median:,.0f} rows/s", f"{floor / median:.2f}"
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Give the seconds a call takes."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 # The data
@@ -189,33 +156,23 @@ def by_hand(entity_df: pd.DataFrame, folder: str) -> pd.DataFrame:
 
 def measure_history(
     ours: FeatureStore, stock: FeatureStore, versions: pd.DataFrame, folder: str, repeats: int
-) -> Iterator[Row]:
+) -> Iterator[Figure]:
     """Ask for every row that there is, which gives the versions back."""
     asked = versions[["user_id", "event_timestamp"]]
-    ways: dict[str, Callable[[], pd.DataFrame]] = {
-        OURS: lambda: features.point_in_time(ours, asked),
-        FLOOR: lambda: by_hand(asked, folder),
-    }
-    if len(versions) < 10**6:  # Feast's file store takes minutes then, and its order and its rows are others
+    ways: dict[str, Callable[[], pd.DataFrame]] = {OURS: lambda: features.point_in_time(ours, asked)}
+    if len(versions) < MANY_ROWS:
         ways[FEAST] = lambda: features.point_in_time(stock, asked)
+    ways[FLOOR] = lambda: by_hand(asked, folder)
     for name in (OURS, FLOOR):
         pd.testing.assert_frame_equal(ways[name]()[list(versions.columns)], versions, check_dtype=False)
     size = f"{len(versions):,} rows"
     runs = {name: (lambda run=run: timed(run)) for name, run in ways.items()}
-    yield from take_turns("history; floor: hand-written window", size, len(versions), runs, repeats)
+    yield from take_turns("history; floor: hand-written window", runs, repeats, size=size, rows=len(versions))
     needed = pa.Table.from_pandas(versions).nbytes * 2 + pa.Table.from_pandas(asked).nbytes
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         peak = pool.apply(peak_of_history, (str(ours.repo_path), asked))
-    megabytes = f"{peak / 2**20:,.0f} MiB"
-    yield (
-        "history, peak memory",
-        size,
-        OURS,
-        megabytes,
-        "",
-        "",
-        f"{peak / needed:.2f} x question, files, answer in Arrow",
-    )
+    beside = f"{peak / needed:.2f} x question, files, answer in Arrow"
+    yield Figure("history, peak memory", OURS, peak / 2**20, "MiB", size=size, rows=len(versions), beside=beside)
 
 
 def peak_of_history(repo: str, asked: pd.DataFrame) -> int:
@@ -242,38 +199,43 @@ def load(store: FeatureStore) -> None:
         store.materialize(history.WINDOW_START.to_pydatetime(), features.MATERIALISE_END.to_pydatetime())
 
 
-def measure_loads(ours: FeatureStore, stock: FeatureStore, versions: pd.DataFrame, repeats: int) -> Iterator[Row]:
-    """Load an empty store, then load the same again; the floor writes the same bytes with nothing but redis-py."""
+def measure_loads(ours: FeatureStore, stock: FeatureStore, versions: pd.DataFrame, repeats: int) -> Iterator[Figure]:
+    """Load an empty store, then load the same again; the floor writes the same bytes with nothing but redis-py.
+
+    From `MANY_ROWS` on, where Feast's own way does not compete, it is the number of users alone that is checked.
+    """
     users = versions.loc[versions["event_timestamp"] <= features.MATERIALISE_END, "user_id"].nunique()
     size = f"{users * 3:,} rows"
-    stores = {OURS: ours, FEAST: stock}
+    stores = {OURS: ours} if len(versions) >= MANY_ROWS else {OURS: ours, FEAST: stock}
     with redis_client() as client:
         for store in stores.values():
             load(store)
         stored = hashes(client, ours.project)
-        assert stored == hashes(client, stock.project), "ours and Feast's stock parts stored other bytes"
+        assert FEAST not in stores or stored == hashes(client, stock.project), (
+            "ours and Feast's stock parts stored other bytes"
+        )
         assert len(stored) == users
         commands = [(key + b"benchmark", fields) for key, whole in stored.items() for fields in by_view(whole)]
 
         def bare() -> float:
-            client.unlink(*[key for key, _ in commands]) if len(commands) < 10**5 else remove(client, "benchmark")
+            remove(client, "benchmark")
             return timed(lambda: write_bare(client, commands))
 
         def first(store: FeatureStore) -> float:
             remove(client, store.project)
             return timed(lambda: load(store))
 
+        del stored
         runs: dict[str, Callable[[], float]] = {
             f"{name}, first load": (lambda store=store: first(store)) for name, store in stores.items()
         }
         runs |= {
             f"{name}, nothing newer": (lambda store=store: timed(lambda: load(store))) for name, store in stores.items()
         }
-        runs = {name: runs[name] for name in sorted(runs, key=lambda name: name.endswith("newer"))}
-        if len(versions) >= 10**6:
-            runs = {name: run for name, run in runs.items() if name.startswith(OURS)}
         runs[FLOOR] = bare
-        yield from take_turns("materialise three views; floor: pipelined HSET", size, users * 3, runs, repeats)
+        yield from take_turns(
+            "materialise three views; floor: pipelined HSET", runs, repeats, size=size, rows=users * 3
+        )
         remove(client, "benchmark")
 
 
@@ -282,12 +244,15 @@ def hashes(client: redis.Redis, project: str) -> dict[bytes, dict[bytes, bytes]]
     end = project.encode()
     keys = [key for key in client.scan_iter(count=10_000) if key.endswith(end)]
     found: dict[bytes, dict[bytes, bytes]] = {}
+    once: dict[bytes, bytes] = {}  # fields and values are few, and a hundred times the users are many
     for start in range(0, len(keys), 10_000):
         pipeline = client.pipeline(transaction=False)
         some = keys[start : start + 10_000]
         for key in some:
             pipeline.hgetall(key)
-        found |= {key.removesuffix(end): fields for key, fields in zip(some, pipeline.execute(), strict=True)}
+        for key, fields in zip(some, pipeline.execute(), strict=True):
+            pairs = {once.setdefault(name, name): once.setdefault(value, value) for name, value in fields.items()}
+            found[key.removesuffix(end)] = pairs
     return found
 
 
@@ -317,7 +282,7 @@ def remove(client: redis.Redis, project: str) -> None:
 # Online
 
 
-def measure_online(ours: FeatureStore, stock: FeatureStore, versions: pd.DataFrame) -> Iterator[Row]:
+def measure_online(ours: FeatureStore, stock: FeatureStore, versions: pd.DataFrame) -> Iterator[Figure]:
     """Read eight features of 1 and of 100 users: with the SDK, and over HTTP with a token."""
     load(ours)
     load(stock)
@@ -363,7 +328,7 @@ def question(users: Sequence[str]) -> dict[str, Any]:
     return {"feature_service": feature_client.SERVICE, "entities": {"user_id": list(users)}}
 
 
-async def load_http(name: str, port: int, token: str, users: list[str], clients: int, calls: int) -> Row:
+async def load_http(name: str, port: int, token: str, users: list[str], clients: int, calls: int) -> Figure:
     """Let some clients ask at once, each over one connection."""
     request = encode(port, "/get-online-features", question(users), token)
     statuses: Counter[int] = Counter()
@@ -376,18 +341,11 @@ async def load_http(name: str, port: int, token: str, users: list[str], clients:
     assert set(statuses) == {200}, statuses
     p50, p99 = statistics.median(seconds) * 1000, statistics.quantiles(seconds, n=100)[98] * 1000
     size = f"{len(users)} users, {clients} clients"
-    return (
-        "online, HTTP",
-        size,
-        name,
-        f"{p50:.2f} ms",
-        f"p99 {p99:.2f} ms",
-        f"{len(seconds) / wall:,.0f} requests/s",
-        "",
-    )
+    rate = f"{len(seconds) / wall:,.0f} requests/s"
+    return Figure("online, HTTP", name, p50, "ms", size=size, spread=f"p99 {p99:.2f} ms", rate=rate)
 
 
-def measure_sdk(ours: FeatureStore, stock: FeatureStore, client: redis.Redis, users: list[str]) -> Iterator[Row]:
+def measure_sdk(ours: FeatureStore, stock: FeatureStore, client: redis.Redis, users: list[str]) -> Iterator[Figure]:
     """Read with the SDK; the floor sends the same `HMGET` and looks at nothing."""
     services = {
         name: store.get_feature_service(feature_client.SERVICE) for name, store in ((OURS, ours), (FEAST, stock))
@@ -420,10 +378,16 @@ def measure_sdk(ours: FeatureStore, stock: FeatureStore, client: redis.Redis, us
         floor = statistics.median(seconds[FLOOR])
         for name, times in seconds.items():
             p50, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]
-            yield (
-                "online, SDK; floor: HMGET", f"{count} users", name, f"{p50 * 1000:.3f} ms", f"p99 {p99 * 1000:.2f} ms",
-                f"{count / p50:,.0f} users/s", f"{p50 / floor:.1f} x its time",
-            )  # fmt: skip
+            yield Figure(
+                "online, SDK; floor: HMGET",
+                name,
+                p50 * 1000,
+                "ms",
+                size=f"{count} users",
+                spread=f"p99 {p99 * 1000:.2f} ms",
+                rate=f"{count / p50:,.0f} users/s",
+                beside=f"{p50 / floor:.1f} x its time",
+            )
 
 
 def redis_client() -> redis.Redis:

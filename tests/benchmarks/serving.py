@@ -27,6 +27,7 @@ from uuid import uuid4
 
 import psutil
 import requests
+from figures import show
 
 from mlplatform.history import STEADY_USER
 from mlplatform.settings import find_root
@@ -92,12 +93,6 @@ def main() -> None:
                 show((name, str(clients), *measured))
     if options.moves_for:
         move_under_load(token, options.moves_for)
-
-
-def show(cells: Sequence[str]) -> None:
-    """Write a line of the table as soon as it is known."""
-    sys.stdout.write(f"| {' | '.join(cells)} |\n")
-    sys.stdout.flush()
 
 
 @contextmanager

@@ -7,12 +7,12 @@ CPU, which a busy machine changes little. What `make features` loaded is deleted
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 
 import pandas as pd
 import redis
+from figures import show
 
 from mlplatform import features, objectstore
 from mlplatform.history import USER_ID, VIEWS
@@ -24,8 +24,7 @@ COPIES, REPEATS = 10, 3
 def main() -> None:
     """Print a Markdown table."""
     for cells in [("what", "cost"), ("---", "---"), *measure()]:
-        sys.stdout.write(f"| {' | '.join(cells)} |\n")
-        sys.stdout.flush()
+        show(cells)
 
 
 def measure() -> Iterator[tuple[str, str]]:

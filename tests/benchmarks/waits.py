@@ -1,7 +1,7 @@
 """Time what users wait for beside the tools' own ways: training and logging, objects, start and stop.
 
 `make bench` runs this after the feature store's. Each figure is the median of five runs, the contenders take turns, and
-the table goes to `build/benchmarks/waits.md`. Experiments and objects have names of their own and are removed again;
+the figures go to `build/benchmarks/waits.json`. Experiments and objects have names of their own and are removed again;
 what is started and stopped is a platform in a temporary folder.
 """
 
@@ -10,17 +10,18 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import psutil
 import requests
+from figures import OURS, Figure, keep, take_turns, timed
 
 from mlplatform import connect, objectstore
 from mlplatform.connection import s3_client
@@ -28,13 +29,11 @@ from mlplatform.settings import STATE_VARIABLE, find_root
 from mlplatform_ops.embedded.supervisor import processes_of
 from mlplatform_ops.ports import free_port
 
-OURS = "ours"
-HEAD = ("what", "contender", "median", "spread", "beside the other")
 BUCKET = "mlflow-datasets"
 LARGE_BYTES = 2**30
 SMALL_BYTES, SMALL_COUNT = 10_000, 1_000
 IDLE_S = 30.0
-Row = tuple[str, ...]
+AS_THE_PLATFORM, NO_JOBS = ("--workers", "1"), {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 def main() -> None:
@@ -50,43 +49,14 @@ def main() -> None:
         train(options.train, options.experiment)
         return
     parts = {"objects": measure_objects, "train": measure_training, "start": measure_start}
-    lines: list[Row] = [HEAD, ("---",) * len(HEAD)]
-    show(*lines)
-    for name, measure in parts.items():
-        if options.only in {None, name}:
-            for row in measure(options.repeats):
-                show(row)
-                lines.append(row)
-    target = find_root() / "build" / "benchmarks" / "waits.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("".join(f"| {' | '.join(cells)} |\n" for cells in lines))
-
-
-def show(*lines: Row) -> None:
-    """Write lines of the table as soon as they are known."""
-    for cells in lines:
-        sys.stdout.write(f"| {' | '.join(cells)} |\n")
-    sys.stdout.flush()
-
-
-def take_turns(what: str, runs: Mapping[str, Callable[[], object]], repeats: int) -> Iterator[Row]:
-    """Let the contenders run one after the other, several times; the last one is what the others are compared with."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    *_, other = (statistics.median(times) for times in seconds.values())
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        yield what, name, f"{median:.2f} s", f"{min(times):.2f} to {max(times):.2f} s", f"{median / other:.2f}"
+    chosen = [measure for name, measure in parts.items() if options.only in {None, name}]
+    keep("waits", chain.from_iterable(measure(options.repeats) for measure in chosen))
 
 
 # Objects
 
 
-def measure_objects(repeats: int) -> Iterator[Row]:
+def measure_objects(repeats: int) -> Iterator[Figure]:
     """Write and read one large object and many small ones, beside boto3 alone."""
     folder, client = f"benchmark-{secrets.token_hex(4)}", s3_client()
     large, small = secrets.token_bytes(LARGE_BYTES), secrets.token_bytes(SMALL_BYTES)
@@ -107,7 +77,10 @@ def measure_objects(repeats: int) -> Iterator[Row]:
             ("1 GiB in and out", large, 1),
             (f"{SMALL_COUNT:,} objects of 10 kB in and out", small, SMALL_COUNT),
         ):
-            ways = {OURS: lambda b=body, n=count: ours(b, n), "boto3": lambda b=body, n=count: bare(b, n)}
+            ways = {
+                name: lambda way=way, b=body, n=count: timed(lambda: way(b, n))
+                for name, way in ((OURS, ours), ("boto3", bare))
+            }
             yield from take_turns(what, ways, repeats)
     finally:
         for uri in objectstore.list_objects(f"s3://{BUCKET}/{folder}")["uri"]:
@@ -118,7 +91,7 @@ def measure_objects(repeats: int) -> Iterator[Row]:
 # Training
 
 
-def measure_training(repeats: int) -> Iterator[Row]:
+def measure_training(repeats: int) -> Iterator[Figure]:
     """Train and log four models in a new process each time, so that imports count."""
     import mlflow
 
@@ -126,7 +99,7 @@ def measure_training(repeats: int) -> Iterator[Row]:
     mlflow.create_experiment(experiment)
     command = [sys.executable, "-W", "ignore", __file__, "--experiment", experiment, "--train"]
     ways = {
-        name: lambda name=name: subprocess.run([*command, name], check=True, capture_output=True)
+        name: lambda name=name: timed(lambda: subprocess.run([*command, name], check=True, capture_output=True))
         for name in (OURS, "defaults")
     }
     try:
@@ -180,7 +153,7 @@ def train(way: str, experiment: str) -> None:
 # Start, stop, idle
 
 
-def measure_start(repeats: int) -> Iterator[Row]:
+def measure_start(repeats: int) -> Iterator[Figure]:
     """Start and stop a platform, beside MLflow's own server alone; then leave it idle."""
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder, "state").resolve()
@@ -191,37 +164,18 @@ def measure_start(repeats: int) -> Iterator[Row]:
                 [sys.executable, "-m", "mlplatform_ops", command], check=True, capture_output=True, env=environ
             )
 
-        def mlflow_alone() -> None:
+        def alone() -> None:
             with mlflow_server(Path(folder)):
                 pass
 
-        def both() -> None:
-            started = time.perf_counter()
-            ours("up")
-            ups.append(time.perf_counter() - started)
-            started = time.perf_counter()
-            ours("down")
-            downs.append(time.perf_counter() - started)
-
-        ups: list[float] = []
-        downs: list[float] = []
-        alone: list[float] = []
-        both()  # makes certificates, databases and buckets
-        ups.clear()
-        downs.clear()
-        for _ in range(repeats):
-            both()
-            started = time.perf_counter()
-            mlflow_alone()
-            alone.append(time.perf_counter() - started)
-        floor = statistics.median(alone)
-        for what, name, times in (
-            ("platform up", "make up", ups),
-            ("platform up", "MLflow's server alone, to its first answer and gone", alone),
-            ("platform down", "make down", downs),
-        ):
-            median = statistics.median(times)
-            yield what, name, f"{median:.2f} s", f"{min(times):.2f} to {max(times):.2f} s", f"{median / floor:.2f}"
+        ours("up")  # makes certificates, databases and buckets
+        ours("down")
+        ways = {
+            "make up": lambda: timed(lambda: ours("up")),
+            "make down": lambda: timed(lambda: ours("down")),
+            "MLflow's server alone, to its first answer and gone": lambda: timed(alone),
+        }
+        yield from take_turns("platform up and down", ways, repeats)
         ours("up")
         try:
             time.sleep(10)  # what is left of the start
@@ -229,17 +183,19 @@ def measure_start(repeats: int) -> Iterator[Row]:
             time.sleep(IDLE_S)
             used = (cpu_seconds(state) - before) / IDLE_S
             memory = sum(process.memory_info().rss for process in processes_of(state))
-            yield "idle platform", OURS, f"{memory / 2**30:.2f} GiB", f"{100 * used:.1f} % of one core", ""
+            yield Figure("idle platform", OURS, memory / 2**30, "GiB", rate=f"{100 * used:.1f} % of one core")
         finally:
             ours("down")
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[None]:
-    """Run MLflow's server as the platform does, until it answers."""
+def mlflow_server(
+    folder: Path, options: Sequence[str] = AS_THE_PLATFORM, variables: Mapping[str, str] = NO_JOBS
+) -> Iterator[None]:
+    """Run MLflow's server until it answers, by default as the platform runs it."""
     port = free_port()
-    command = ["-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    environ = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = ["-m", "mlflow", "server", "--port", str(port), *options]
+    environ = {**os.environ, **variables}
     process = subprocess.Popen(
         [sys.executable, *command, "--backend-store-uri", f"sqlite:///{folder}/alone.db"],
         env=environ,

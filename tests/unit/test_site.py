@@ -85,3 +85,15 @@ def test_the_link_check_finds_what_is_wrong(tmp_path: Path) -> None:
         "bad.html -> //a.b/c.png",
         "style.css -> https://a.b/font.css",
     ]
+
+
+def test_a_documents_picture_is_on_its_page_and_a_picture_that_is_not_there_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "docs" / "images"
+    folder.mkdir(parents=True)
+    (folder / "growth.svg").write_text("<svg/>")
+    text = '# Speed\n\n![Rows & "seconds"](images/growth.svg) ![Bytes](lost.svg)\n'
+    (tmp_path / "docs" / "speed.md").write_text(text)
+    pages.write_pages(tmp_path, [], tmp_path / "source")
+    page = (tmp_path / "source" / "speed.md").read_text()
+    assert '<img alt="Rows &amp; &quot;seconds&quot;" src="data:image/svg+xml;base64,PHN2Zy8+">' in page
+    assert "Bytes (`docs/lost.svg`)" in page

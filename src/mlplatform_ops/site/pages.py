@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import tomllib
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -29,6 +29,8 @@ DOCUMENTS = {
     "data/README.md": "data-sheet",
     "docs/glossary.md": "glossary",
     "docs/your-own-data.md": "your-own-data",
+    "docs/growing.md": "growing",
+    "docs/speed.md": "speed",
     "deploy/README.md": "on-a-cluster",
     "deploy/production.md": "in-production",
     "tests/README.md": "tests",
@@ -38,6 +40,7 @@ DOCUMENTS = {
 }
 PACKAGES = ("mlflow", "feast", "scikit-learn", "xgboost", "pandas", "duckdb", "redis", "jupyterlab", "sphinx", "furo")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+PICTURES = {".png": "png", ".svg": "svg+xml"}
 RECORDS = re.compile(r"^(results\.)?record\(", re.MULTILINE)
 
 
@@ -130,7 +133,7 @@ def write_pages(root: Path, chapters: Iterable[Chapter], source: Path) -> None:
     }
     for path, page in documents.items():
         folder = Path(page).parent
-        pages[f"{page}.md"] = _relink((root / path).read_text(), Path(path).parent, folder, documents)
+        pages[f"{page}.md"] = _relink(root, Path(path), folder, documents)
     for chapter in chapters:
         pages[f"notebooks/{chapter.name}.ipynb"] = _notebook_page(chapter)
     present = {str(path.relative_to(source)): path for path in source.rglob("*.*") if path.suffix in {".md", ".ipynb"}}
@@ -150,22 +153,28 @@ def _documents(root: Path) -> dict[str, str]:
     return {path: page for path, page in (DOCUMENTS | decisions).items() if (root / path).exists()}
 
 
-def _relink(text: str, folder: Path, page_folder: Path, documents: Mapping[str, str]) -> str:
-    """Point a document's links at pages of the site; what is no page is named in place of a link."""
+def _relink(root: Path, document: Path, page_folder: Path, documents: Mapping[str, str]) -> str:
+    """Point a document's links at pages of the site and show its pictures; what is neither is named."""
 
     def replace(found: re.Match[str]) -> str:
         picture, words, target = found.groups()
         address, hash_sign, anchor = target.partition("#")
         if not address or ":" in address:
             return found.group()
-        path = os.path.normpath(folder / address)
+        path = os.path.normpath(document.parent / address)
+        if picture and (root / path).exists():
+            return _image((root / path).read_bytes(), f"image/{PICTURES[Path(path).suffix]}", words)
         if picture or path not in documents:
             return f"{words} (`{path}`)"
         page = os.path.relpath(f"{documents[path]}.md", page_folder)
         return f"[{words}]({page}{hash_sign}{anchor})"
 
     # Mermaid needs a script from elsewhere; its text can be read as it stands.
-    return LINK.sub(replace, text).replace("```mermaid", "```text")
+    return LINK.sub(replace, (root / document).read_text()).replace("```mermaid", "```text")
+
+
+def _image(data: bytes, kind: str, alt: str) -> str:
+    return f'<img alt="{escape(alt)}" src="data:{kind};base64,{b64encode(data).decode()}">'
 
 
 def _notebook_page(chapter: Chapter) -> str:
@@ -211,9 +220,8 @@ def _figure(output: nbformat.NotebookNode, otherwise: str) -> str:
     for kind in ("image/png", "image/svg+xml"):
         found = output.get("data", {}).get(kind)
         if found:
-            alt = output.metadata.get(kind, {}).get("alt") or otherwise
-            coded = "".join(found.split()) if kind == "image/png" else b64encode(found.encode()).decode()
-            return f'<img alt="{escape(alt)}" src="data:{kind};base64,{coded}">'
+            data = b64decode(found) if kind == "image/png" else found.encode()
+            return _image(data, kind, output.metadata.get(kind, {}).get("alt") or otherwise)
     return ""
 
 
@@ -267,7 +275,10 @@ def _index(chapters: list[Chapter], documents: Mapping[str, str], story: Path) -
     groups = {
         "Notebooks": [f"notebooks/{chapter.name}" for chapter in chapters],
         "The model": ["champion", "model-card", "lineage", *_known(documents, "data-sheet")],
-        "The platform": ["status", *_known(documents, "on-a-cluster", "in-production", "tests", "security", "changes")],
+        "The platform": [
+            "status",
+            *_known(documents, "on-a-cluster", "in-production", "growing", "speed", "tests", "security", "changes"),
+        ],
         "To look up": [*_known(documents, "glossary", "your-own-data")],
         "Decisions": [page for page in documents.values() if page.startswith("decisions/")],
     }
