@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from kfp import dsl
 
-from mlplatform_pipeline.cluster import on_cluster, step
+from mlplatform_pipeline.cluster import on_cluster, step, with_dask
 from mlplatform_pipeline.steps import BATCH
 
 
@@ -87,14 +87,16 @@ def summarise(
 def score_parts(features_uri: str, alias: str, model_version: str, parts: list[int], engine: str) -> list[str]:
     """Score each part side by side with the others."""
     with dsl.ParallelFor(parts) as part:
-        scored = on_cluster(
-            score(
-                features_uri=features_uri,
-                alias=alias,
-                model_version=model_version,
-                part=part,
-                parts=parts,
-                engine=engine,
+        scored = with_dask(
+            on_cluster(
+                score(
+                    features_uri=features_uri,
+                    alias=alias,
+                    model_version=model_version,
+                    part=part,
+                    parts=parts,
+                    engine=engine,
+                )
             )
         )
     return dsl.Collected(scored.output)

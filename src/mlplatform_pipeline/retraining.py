@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from kfp import dsl
 
-from mlplatform_pipeline.cluster import on_cluster, step
+from mlplatform_pipeline.cluster import on_cluster, step, with_dask
 
 NAME = "income-retraining"
 
@@ -64,15 +64,17 @@ def retraining(
     """
     window = on_cluster(read_window(data_uri=data_uri, alias=alias, model=model))
     window.set_caching_options(False)
-    trained = on_cluster(
-        train(
-            data_uri=data_uri,
-            data_digest=window.outputs["data_digest"],
-            alias=alias,
-            model_version=window.outputs["model_version"],
-            seed=seed,
-            model=model,
-            engine=engine,
+    trained = with_dask(
+        on_cluster(
+            train(
+                data_uri=data_uri,
+                data_digest=window.outputs["data_digest"],
+                alias=alias,
+                model_version=window.outputs["model_version"],
+                seed=seed,
+                model=model,
+                engine=engine,
+            )
         )
     )
     decided = on_cluster(decide(run_id=trained.output, model=model))

@@ -11,10 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from threading import Lock
 from typing import Any
-from uuid import uuid4
 
 import mlflow
 import numpy as np
@@ -47,7 +44,6 @@ PEOPLE = f"s3://{DATASETS_BUCKET}/people/people.parquet"
 FEATURES = f"{drift_watch.BATCHES}/features.parquet"
 PARTS = f"s3://{DATASETS_BUCKET}/predictions-parts/part.parquet"
 PREDICTIONS = f"s3://{DATASETS_BUCKET}/predictions/income.parquet"
-_LOADING = Lock()  # a worker of several threads loads a model once, too
 
 
 def ready() -> None:
@@ -200,22 +196,18 @@ def score(
     """
     rows = objectstore.read_frame(features_uri)
     start, stop = (len(rows) * edge // parts for edge in (part, part + 1))
-    scored = map_rows(engine, score_rows, range(start, stop), features_uri, alias, model_version, uuid4().hex)
+    model = _load_model(alias, model_version)
+    scored = map_rows(engine, score_rows, range(start, stop), features_uri, model)
     people = rows[[history.USER_ID, EVENT_TIMESTAMP]].iloc[start:stop].reset_index(drop=True)
     return objectstore.write_frame(people.assign(probability=np.concatenate(scored)), PARTS)
 
 
-def score_rows(features_uri: str, alias: str, model_version: str, job: str, rows: range) -> NDArray[np.float64]:
-    """Score some of the people, in this process or on a worker, which loads the model for its first rows of a job.
+def score_rows(features_uri: str, model: Pipeline, rows: range) -> NDArray[np.float64]:
+    """Score some of the people, in this process or on a worker, which can read the object store and not MLflow.
 
     Returns:
         Each one's probability; not a number for who has no features.
-
-    Raises:
-        RegistryError: The alias has moved since the batch began.
     """
-    with _LOADING:
-        model = _load_model(alias, model_version, job)
     frame = objectstore.read_frame(features_uri).iloc[rows.start : rows.stop]
     known = frame[list(income.COLUMNS)].notna().all(axis=1).to_numpy()
     probability = np.full(len(frame), np.nan)
@@ -224,9 +216,7 @@ def score_rows(features_uri: str, alias: str, model_version: str, job: str, rows
     return probability
 
 
-@lru_cache(maxsize=1)
-def _load_model(alias: str, model_version: str, job: str) -> Pipeline:
-    ready()
+def _load_model(alias: str, model_version: str) -> Pipeline:
     model = registry.load_model(alias)
     holder = drift_watch.champion(alias).version
     if str(holder) != model_version:

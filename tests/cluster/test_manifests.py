@@ -20,22 +20,26 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from checks import CHECKS, problems
+from checks import CHECKS, COMPONENT, TALKS, problems
 from manifests import (
     DEPLOY,
     KUBECTL,
+    NAMESPACE,
     OPTIONAL_SECRETS,
     Manifest,
+    allows,
     compose,
     containers,
     name_of,
     of_kind,
+    pod_labels,
     pod_spec,
     quantity_bytes,
     render,
     workloads,
 )
 
+from mlplatform.engines.cluster import VARIABLE
 from mlplatform.settings import BUCKETS
 from mlplatform_ops.cluster.credentials import INNER
 
@@ -425,18 +429,68 @@ def _scan(folder: Path, overlays: dict[str, list[Manifest]]) -> dict[str, Any]:
     }
 
 
-def test_what_pipelines_need_lets_their_steps_and_nobody_else_reach_mlflow_and_the_object_store() -> None:
-    manifests = render(DEPLOY / "components" / "pipeline")
-    for manifest in manifests:
+def test_steps_of_a_pipeline_and_nobody_else_of_kubeflow_reach_mlflow_the_object_store_and_dasks_scheduler(
+    every_combination: dict[tuple[str, ...], list[Manifest]],
+) -> None:
+    pipeline = render(DEPLOY / "components" / "pipeline")
+    for manifest in pipeline:
         kubernetes_validate.validate(manifest, NEWEST_MINORS[-1], strict=True)
-    policies = {policy["metadata"]["namespace"]: policy["spec"] for policy in of_kind(manifests, "NetworkPolicy")}
-    step = {"app.kubernetes.io/component": "pipeline-step"}
-    assert policies["kubeflow"]["podSelector"]["matchLabels"] == step
-    (source,) = policies["mlplatform"]["ingress"][0]["from"]
-    assert source["podSelector"]["matchLabels"] == step
-    assert source["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "kubeflow"}
-    compiled = (DEPLOY / "components" / "pipeline" / "compiled" / "batch.yaml").read_text()
-    assert "app.kubernetes.io/component: pipeline-step" in compiled
-    (addresses,) = of_kind(manifests, "ConfigMap")
-    assert f"configMapName: {addresses['metadata']['name']}" in compiled
-    assert set(re.findall(r"configMapKey: (\w+)", compiled)) == set(addresses["data"])
+    everything = every_combination[*OPTIONS, *ALONE]
+    policies = of_kind([*pipeline, *everything], "NetworkPolicy")
+    for name in ("batch", "retraining"):
+        for step, given in _given_to_steps(name).items():
+            labels = given["podMetadata"]["labels"]
+            reached = {
+                (pod_labels(target)[COMPONENT], port)
+                for target in workloads(everything)
+                for port in {port for _, _, port in TALKS}
+                if allows(policies, {**labels, NAMESPACE: "kubeflow"}, pod_labels(target), port)
+            }
+            assert reached == {("tracking", 5000), ("object-store", 9000), ("dask-scheduler", 8786)}, step
+    others = ({COMPONENT: "ml-pipeline", NAMESPACE: "kubeflow"}, {**labels, NAMESPACE: "default"}, labels)
+    for other in others:
+        assert not any(
+            allows(policies, other, pod_labels(w), port) for w in workloads(everything) for _, port in reached
+        )
+
+
+def test_steps_are_given_the_addresses_that_kubeflows_namespace_has() -> None:
+    (addresses,) = of_kind(render(DEPLOY / "components" / "pipeline"), "ConfigMap")
+    for name in ("batch", "retraining"):
+        for given in _given_to_steps(name).values():
+            (source,) = given["configMapAsEnv"]
+            assert source["configMapName"] == addresses["metadata"]["name"]
+            assert {entry["configMapKey"] for entry in source["keyToEnv"]} == set(addresses["data"])
+
+
+def test_steps_that_take_an_engine_use_dask_where_its_secret_is_there_and_start_where_it_is_not() -> None:
+    for name, taking in (("batch", {"exec-score"}), ("retraining", {"exec-train"})):
+        given = _given_to_steps(name)
+        with_secret = {step for step, entry in given.items() if "dask" in str(entry)}
+        assert with_secret == taking
+        for step in taking:
+            (variable,) = (source for source in given[step]["secretAsEnv"] if source["secretName"] == "dask-client")
+            assert variable["keyToEnv"] == [{"secretKey": VARIABLE, "envVar": VARIABLE}]
+            assert variable["optional"] is True
+            (files,) = given[step]["secretAsVolume"]
+            assert (files["secretName"], files["mountPath"], files["optional"]) == ("dask-client", "/etc/dask", True)
+
+
+def test_the_readme_gives_kubeflow_the_secret_that_steps_name_with_the_schedulers_address(
+    every_combination: dict[tuple[str, ...], list[Manifest]],
+) -> None:
+    there = {name_of(manifest): manifest for manifest in every_combination["dask",]}
+    service = there["Service/dask-scheduler"]
+    (command,) = re.findall(r"kubectl get secret dask -n (.*\n.*)", (DEPLOY / "README.md").read_text())
+    namespace, name, variable, host, port = re.search(
+        r'^(\S+) .*metadata: \{name: "([^"]*)"\}, stringData: \{(\w+): "tls://([^:]*):(\d+)"\}', command, re.S
+    ).groups()
+    assert (name, variable) == ("dask-client", VARIABLE)
+    assert (namespace, host) == (service["metadata"]["namespace"], f"{service['metadata']['name']}.{namespace}.svc")
+    assert int(port) == service["spec"]["ports"][0]["port"]
+
+
+def _given_to_steps(pipeline: str) -> dict[str, dict[str, Any]]:
+    compiled = DEPLOY / "components" / "pipeline" / "compiled" / f"{pipeline}.yaml"
+    _, platforms = yaml.safe_load_all(compiled.read_text())
+    return dict(platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"])

@@ -35,6 +35,7 @@ from seccomp import DEFAULT_PROFILE, runtime_default
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from manifests import (
+    NAMESPACE,
     Manifest,
     allows,
     matches,
@@ -110,7 +111,8 @@ class Pod:
 
     @property
     def labels(self) -> dict[str, str]:
-        return pod_labels(self.workload) | {"statefulset.kubernetes.io/pod-name": self.name}
+        namespace = self.workload["metadata"]["namespace"]
+        return pod_labels(self.workload) | {"statefulset.kubernetes.io/pod-name": self.name, NAMESPACE: namespace}
 
     @property
     def is_job(self) -> bool:
@@ -502,14 +504,17 @@ class Cluster:
                 if reference["fieldRef"]["fieldPath"] != "metadata.name":
                     raise PodError(f"pod {pod.name}: unknown field {reference['fieldRef']['fieldPath']}")
                 values[entry["name"]] = pod.name
-            else:
-                secret = self._object("Secret", reference["secretKeyRef"]["name"], pod)
-                key = reference["secretKeyRef"]["key"]
-                if key not in secret_data(secret):
+                continue
+            ((source, named),) = reference.items()
+            kind = {"secretKeyRef": "Secret", "configMapKeyRef": "ConfigMap"}[source]
+            if found := self._find(kind, named, pod):
+                data = found["data"] if kind == "ConfigMap" else secret_data(found)
+                if named["key"] not in data:
                     raise PodError(
-                        f"pod {pod.name} names the key {key} of {secret['metadata']['name']}, which is not there"
+                        f"pod {pod.name} names the key {named['key']} of {named['name']}, which is not there"
                     )
-                values[entry["name"]] = secret_data(secret)[key].decode()
+                value = data[named["key"]]
+                values[entry["name"]] = value.decode() if isinstance(value, bytes) else value
         return values
 
     def _start_container(self, container: Container, volumes: Mapping[str, Path]) -> None:

@@ -42,7 +42,7 @@ from replicas import (
     show_the_endpoint_again,
 )
 from seccomp import DEFAULT_PROFILE
-from workers import show_the_workers
+from workers import STEP, add_step, show_that_a_step_uses_the_workers, show_the_workers
 
 from mlplatform_ops.cluster.credentials import write_secrets
 from pods import Cluster, Image, Pod, PodError, run, secret_data
@@ -85,12 +85,14 @@ def show_that_it_works(overlay: Path, images: Mapping[str, Image], folder: Path,
     manifests = render(overlay)
     if {"model-endpoint", "dask-worker"} & {w["metadata"]["name"] for w in workloads(manifests)}:
         add_client(manifests)
+    if "dask-worker" in {w["metadata"]["name"] for w in workloads(manifests)}:
+        add_step(manifests)
     if command:
         job = next(w for w in workloads(manifests) if w["metadata"]["name"] == "notebooks")
         pod_spec(job)["containers"][0]["command"] = command
     cluster = Cluster(manifests, images, folder)
-    notebooks, watches, clients = (named(cluster.pods, name) for name in ("notebooks", "drift", "client"))
-    jobs = [pod for pod in cluster.pods if pod.is_job and pod not in (*notebooks, *watches, *clients)]
+    notebooks, watches, clients, steps = (named(cluster.pods, name) for name in ("notebooks", "drift", "client", STEP))
+    jobs = [pod for pod in cluster.pods if pod.is_job and pod not in (*notebooks, *watches, *clients, *steps)]
     replicas = [pod for pod in cluster.pods if is_endpoint(pod)]
     servers = [pod for pod in cluster.pods if not pod.is_job and pod not in replicas]
     begun = time.monotonic()
@@ -115,6 +117,8 @@ def show_that_it_works(overlay: Path, images: Mapping[str, Image], folder: Path,
         cluster.wait(lambda pod: pod.ready, timeout_s=5, what="ready any more", of=servers)
         if named(servers, "dask-worker"):
             show_the_workers(cluster, servers, asked_by_notebooks=not command)
+            for pod in steps:
+                show_that_a_step_uses_the_workers(cluster, pod)
         if replicas:
             people = show_the_endpoint(cluster, replicas)
             for watch in watches:

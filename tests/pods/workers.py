@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import base64
+import copy
 import json
 import os
 import socket
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from manifests import DEPLOY, Manifest, of_kind, pod_spec, render, workloads
 from questions import read_secret
 from replicas import check_denied
 
@@ -24,6 +27,7 @@ from pods import Cluster, Pod, PodError, run
 
 SCHEDULER, WORKER = "dask-scheduler", "dask-worker"
 CLIENT = "client"
+STEP = "score"
 PORTS = {SCHEDULER: 8786, WORKER: 8788}
 WAIT_S = 60
 # In a user's pod. Two projects with the same history: one through the workers, one in the process. While the workers
@@ -148,6 +152,29 @@ print(
     )
 )
 """
+# In the pod of a pipeline's step: what the steps do that take an engine.
+STEPS = """
+import json
+
+import mlflow
+import pandas as pd
+
+from mlplatform import income, objectstore
+from mlplatform.monitoring import drift_watch
+from mlplatform_pipeline import steps
+
+steps.ready()
+holder = drift_watch.champion("champion")
+people = income.read_income()
+data = objectstore.write_frame(people, "s3://mlflow-datasets/window/window.parquet")
+asked = people.assign(user_id=[str(place) for place in people.index], event_timestamp=pd.Timestamp(0, tz="UTC"))
+features = objectstore.write_frame(asked, "s3://mlflow-datasets/window/features.parquet")
+scored = [steps.score(features, "champion", str(holder.version), 0, 2, engine) for engine in ("local", "dask")]
+runs = [mlflow.get_run(run_id) for run_id in (holder.run_id, steps.train(data, "champion", 42, engine="dask"))]
+areas = [run.data.metrics["roc_auc_score_test"] for run in runs]
+trained = {"trained by": runs[1].data.params["engine"], "like the champion": abs(areas[0] - areas[1]) < 0.001}
+print(json.dumps({"scores": scored[0] == scored[1], **trained}))
+"""
 # In a pod of Dask's: everything that listens, and what a web server says there.
 PAGES = """
 import http.client, json
@@ -201,6 +228,51 @@ def show_the_workers(cluster: Cluster, servers: list[Pod], *, asked_by_notebooks
         f"({time.monotonic() - begun:.0f} s)",
         flush=True,
     )
+
+
+def add_step(manifests: list[Manifest]) -> None:
+    """Add the pod of the batch's step that scores: what the compiled pipeline gives it, in Kubeflow's namespace."""
+    compiled = DEPLOY / "components" / "pipeline" / "compiled" / "batch.yaml"
+    _, platforms = yaml.safe_load_all(compiled.read_text())
+    given = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-score"]
+    job = copy.deepcopy(next(w for w in workloads(manifests) if w["metadata"]["name"] == "notebooks"))
+    job["metadata"] |= {"name": STEP, "namespace": "kubeflow"}
+    job["spec"]["template"]["metadata"]["labels"] = given["podMetadata"]["labels"]
+    container = pod_spec(job)["containers"][0]
+    container |= {"command": ["python", "-W", "ignore", "-c", STEPS], "envFrom": []}
+    container["resources"]["limits"]["memory"] = "2Gi"
+    container["env"] = [entry for entry in container["env"] if entry["name"] == "HOME"]  # the image's own
+    for source, kind, name, key in (
+        ("secretAsEnv", "secretKeyRef", "secretName", "secretKey"),
+        ("configMapAsEnv", "configMapKeyRef", "configMapName", "configMapKey"),
+    ):
+        container["env"] += [
+            {"name": entry["envVar"], "valueFrom": {kind: {"name": named[name], "key": entry[key]}}}
+            for named in given[source]
+            for entry in named["keyToEnv"]
+        ]
+    (files,) = given["secretAsVolume"]
+    for entry, key in ((container, "volumeMounts"), (pod_spec(job), "volumes")):
+        entry[key] = [volume for volume in entry[key] if volume["name"] == "tmp"]
+    container["volumeMounts"].append({"name": "dask", "mountPath": files["mountPath"]})
+    pod_spec(job)["volumes"].append({"name": "dask", "secret": {"secretName": files["secretName"]}})
+    # As deploy/README.md says.
+    secret = copy.deepcopy(next(s for s in of_kind(manifests, "Secret") if s["metadata"]["name"] == "dask"))
+    secret["metadata"] = {"name": files["secretName"], "namespace": "kubeflow"}
+    address = f"tls://{SCHEDULER}.mlplatform.svc:{PORTS[SCHEDULER]}"
+    secret["data"]["DASK_SCHEDULER_ADDRESS"] = base64.b64encode(address.encode()).decode()
+    manifests += [job, secret, *render(DEPLOY / "components" / "pipeline")]
+
+
+def show_that_a_step_uses_the_workers(cluster: Cluster, step: Pod) -> None:
+    """Run the step's pod, which scores and trains on the workers, with Kubeflow's policies."""
+    begun = time.monotonic()
+    cluster.start_pod(step)
+    cluster.wait(lambda pod: pod.done, timeout_s=300, what="done", of=[step])
+    said = json.loads(step.containers[0].log.read_text().splitlines()[-1])
+    if said != {"scores": True, "trained by": "dask", "like the champion": True}:
+        raise PodError(f"a pipeline's step on the Dask workers says {said}")
+    print(f"  a pipeline's step scores and trains on the Dask workers ({time.monotonic() - begun:.0f} s)", flush=True)
 
 
 def ask_and_lose_a_worker(cluster: Cluster, servers: list[Pod]) -> dict[str, Any]:

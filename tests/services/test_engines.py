@@ -19,6 +19,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from mlflow.data.pandas_dataset import PandasDataset, from_pandas
 from sklearn.linear_model import LogisticRegression
 from xgboost import XGBClassifier
@@ -27,7 +28,7 @@ from mlplatform import income, modeling, objectstore, registry, table, tracking
 from mlplatform.engines import cluster, training
 from mlplatform.errors import DataError, RegistryError, ServiceDownError, SettingsError
 from mlplatform.promotion.alias import sign
-from mlplatform.settings import Settings
+from mlplatform.settings import STATE_VARIABLE, VARIABLES, Settings
 from mlplatform_ops import reproduce
 from mlplatform_pipeline import steps
 
@@ -279,27 +280,46 @@ def features_uri(platform: Settings, frame: pd.DataFrame) -> str:
     return objectstore.write_frame(people, f"s3://mlflow-datasets/test-{uuid4()}/features.parquet")
 
 
-def loads(dask_worker: Any) -> int:
-    from mlplatform_pipeline import steps
-
-    return steps._load_model.cache_info().misses
-
-
 def test_scores_of_two_workers_are_those_of_one_process_byte_for_byte(
     on_dask: Any, champion: tuple[str, str], features_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = [steps.score(features_uri, *champion, part, 3) for part in range(3)]
     monkeypatch.setattr(cluster, "ROWS_PER_TASK", 1_000)
-    with cluster.cluster(on_dask.scheduler_address) as client:
-        before = client.run(loads)
-        # An address holds the digest of the bytes.
-        assert [steps.score(features_uri, *champion, part, 3, "dask") for part in range(3)] == here
-        after = client.run(loads)
-    assert len(before) == 2
-    assert {worker: after[worker] - before[worker] for worker in before} == dict.fromkeys(before, 3)
+    # An address holds the digest of the bytes.
+    assert [steps.score(features_uri, *champion, part, 3, "dask") for part in range(3)] == here
     scored = pd.concat([objectstore.read_frame(uri) for uri in here], ignore_index=True)
     assert scored["user_id"].tolist() == [f"user-{place}" for place in range(30_162)]
     assert scored["probability"].isna().sum() == 31
+
+
+def environment_of_a_pod(variables: dict[str, str]) -> dict[str, str]:
+    """Give a worker these of the platform's variables alone; what it had before."""
+    before = dict(os.environ)
+    for name in (*VARIABLES.values(), STATE_VARIABLE):
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+    return before
+
+
+def test_workers_train_and_score_with_the_variables_of_their_pods(
+    on_dask: Any,
+    champion: tuple[str, str],
+    features_uri: str,
+    experiment: str,
+    datasets: list[PandasDataset],
+) -> None:
+    deployment = yaml.safe_load((ROOT / "deploy/components/dask/worker-deployment.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    given = {entry["name"] for entry in container["env"]} & set(VARIABLES.values())
+    assert "MLFLOW_TRACKING_URI" not in given
+    with cluster.cluster(on_dask.scheduler_address) as client:
+        before = client.run(environment_of_a_pod, {name: os.environ[name] for name in given})
+        try:
+            assert steps.score(features_uri, *champion, 0, 3, "dask") == steps.score(features_uri, *champion, 0, 3)
+            assert tracking.fit_and_log("spread", boosted(n_estimators=2), datasets, engine="dask").scores
+        finally:
+            for worker, variables in before.items():
+                client.run(environment_of_a_pod, variables, workers=[worker])
 
 
 def test_a_worker_killed_in_mid_scoring_changes_nothing(
@@ -308,13 +328,13 @@ def test_a_worker_killed_in_mid_scoring_changes_nothing(
     monkeypatch.setattr(cluster, "ROWS_PER_TASK", 100)
 
     def some_are_done(states: dict[str, str]) -> bool:
-        return {"memory", "processing"} <= set(states.values())
+        return {"memory", "processing"} <= {state for key, state in states.items() if key.startswith("score_rows")}
 
     scored = kill_a_worker_when(on_dask, some_are_done, lambda: steps.score(features_uri, *champion, 0, 1, "dask"))
     assert scored == steps.score(features_uri, *champion, 0, 1)
 
 
-def test_workers_score_with_no_other_version_than_the_batch_began_with(
+def test_a_batch_scores_with_no_other_version_than_it_began_with(
     on_dask: Any, champion: tuple[str, str], features_uri: str
 ) -> None:
     with pytest.raises(RegistryError, match=r"moved from version 999999 to \d+ while the batch ran"):

@@ -48,6 +48,16 @@ TALKS = {
     ("tracking", "database", 5432),
     ("tracking", "object-store", 9000),
 }
+# XGBoost's workers and its tracker, which the scheduler runs: the first and the last port that Linux chooses.
+TALKS |= {
+    (source, target, port)
+    for source, target in (
+        ("dask-scheduler", "dask-worker"),
+        ("dask-worker", "dask-scheduler"),
+        ("dask-worker", "dask-worker"),
+    )
+    for port in (32768, 60999)
+}
 # Only where there are several nodes.
 FAILOVER_TALKS = {("online-store", "online-store", 6379), ("online-store", "online-store", 26379)}
 # Secrets whose name stays when their content changes, and why a server may name one all the same.
@@ -212,7 +222,7 @@ def check_network(manifests: list[Manifest]) -> Iterator[str]:
     """Every pair of components that must talk may, and no other."""
     policies = of_kind(manifests, "NetworkPolicy")
     expected = TALKS | (FAILOVER_TALKS if _failover(manifests) else set())
-    ports = sorted({port for _, _, port in expected} | {22, 80, 443, 8080, 8404})
+    ports = sorted({port for _, _, port in expected} | {22, 80, 443, 8080, 8404, 32767, 61000})
     for source in workloads(manifests):
         for target in workloads(manifests):
             for port in ports:

@@ -17,6 +17,8 @@ from mlplatform_ops.cluster.credentials import changed_values, write_secrets
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBECTL = Path(sys.executable).parent / "kubectl"
 Manifest = dict[str, Any]
+NAMESPACE = "kubernetes.io/metadata.name"  # a label that Kubernetes gives a namespace; here pods of others have it
+OURS = "mlplatform"
 # Which generated secrets a component needs beside those of the local overlay; the entries are production's, or these.
 COMPONENT_SECRETS = {
     "seaweedfs": ("seaweedfs-identities", "seaweedfs-signing"),
@@ -111,9 +113,10 @@ def matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
 
 
 def allows(policies: Iterable[Manifest], source: Mapping[str, str], target: Mapping[str, str], port: int) -> bool:
-    """Say whether network policies let a pod connect to a port of another pod of the namespace, as Kubernetes does.
+    """Say whether network policies let a pod connect to a port of another pod, as Kubernetes does.
 
     A direction in which some policy chooses the pod is closed but for what those policies list; both must be open.
+    Pods are of the platform's namespace, or have `NAMESPACE` among their labels.
     """
     policies = list(policies)
     leaves = _direction(policies, "Egress", source, target, port)
@@ -124,25 +127,31 @@ def _direction(
     policies: Iterable[Manifest], direction: str, pod: Mapping[str, str], peer: Mapping[str, str], port: int
 ) -> bool:
     key, side = ("egress", "to") if direction == "Egress" else ("ingress", "from")
+    own = {NAMESPACE: pod.get(NAMESPACE, OURS)}
     chosen = [
         policy["spec"]
         for policy in policies
-        if direction in policy["spec"]["policyTypes"] and matches(policy["spec"]["podSelector"], pod)
+        if direction in policy["spec"]["policyTypes"]
+        and policy["metadata"]["namespace"] == own[NAMESPACE]
+        and matches(policy["spec"]["podSelector"], pod)
     ]
     rules = [rule for spec in chosen for rule in spec.get(key, ())]
-    return not chosen or any(_peer(rule.get(side), peer) and _port(rule.get("ports"), port) for rule in rules)
+    peer = {NAMESPACE: OURS, **peer}
+    return not chosen or any(_peer(rule.get(side), peer, own) and _port(rule.get("ports"), port) for rule in rules)
 
 
-def _peer(peers: list[dict[str, Any]] | None, labels: Mapping[str, str]) -> bool:
-    # A namespaceSelector names other namespaces; every pod here is in the policies' own.
+def _peer(peers: list[dict[str, Any]] | None, labels: Mapping[str, str], own: Mapping[str, str]) -> bool:
+    # An ipBlock names what is no pod.
     return peers is None or any(
-        "podSelector" in peer and "namespaceSelector" not in peer and matches(peer["podSelector"], labels)
+        "ipBlock" not in peer
+        and matches(peer.get("namespaceSelector", {"matchLabels": own}), labels)
+        and matches(peer.get("podSelector", {}), labels)
         for peer in peers
     )
 
 
 def _port(ports: list[dict[str, Any]] | None, port: int) -> bool:
-    return ports is None or any(entry["port"] == port for entry in ports)
+    return ports is None or any(entry["port"] <= port <= entry.get("endPort", entry["port"]) for entry in ports)
 
 
 def quantity_bytes(text: str) -> int:

@@ -55,7 +55,7 @@ def map_rows(engine: str, function: Callable[..., Any], rows: range, *arguments:
         engine: One of `EngineName`.
         function: A function of a module, which workers import.
         rows: Which rows.
-        arguments: What to give the function beside its part of the rows.
+        arguments: What to give the function beside its part of the rows; each worker gets it once.
 
     Returns:
         What the function returned for each part, in the order of the rows.
@@ -70,7 +70,9 @@ def map_rows(engine: str, function: Callable[..., Any], rows: range, *arguments:
 
     def work(client: Any, gather: Gather) -> list[Any]:
         count = max(sum(client.nthreads().values()), math.ceil(len(rows) / ROWS_PER_TASK))
-        return gather([client.submit(function, *arguments, part, pure=False) for part in split_rows(rows, count)])
+        # The scheduler keeps one copy, so that a worker that joins gets it too.
+        given = [client.submit(lambda value: value, argument, pure=False) for argument in arguments]
+        return gather([client.submit(function, *given, part, pure=False) for part in split_rows(rows, count)])
 
     return on_cluster(scheduler, work)
 
