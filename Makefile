@@ -10,9 +10,10 @@ OVERLAY ?= local
 CLUSTER = --overlay $(OVERLAY) $(if $(CONTEXT),--context '$(CONTEXT)') $(if $(YES),--yes)
 # Two processes: what needs the executed notebooks runs in one, the rest beside it (tests/conftest.py).
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(if $(DURATIONS),--durations $(DURATIONS))
-# What notebooks 8 to 10 and the loop need, and what the tests need beside that.
+# What checks and tests need, what notebooks 8 to 10 and the loop need, and both with what only some tests need.
+DEV = $(VENV)/.dev
 GROUPS = $(VENV)/.pipelines $(VENV)/.serving $(VENV)/.drift
-TESTED = $(GROUPS) $(VENV)/.scale $(VENV)/.audit
+TESTED = $(DEV) $(GROUPS) $(VENV)/.scale $(VENV)/.audit
 # A cluster's platform may have a Dask scheduler.
 SCALE = $(if $(ENGINE)$(filter k8s,$(PLATFORM)),$(VENV)/.scale)
 DASK = $(if $(ENGINE),--engine $(ENGINE))
@@ -142,36 +143,36 @@ k8s-pipeline: $(VENV)/.pipelines ## Submit a pipeline to Kubeflow at KFP_HOST (N
 .PHONY: bench check lint test-unit test-services test-notebooks test-browser test-cluster test-workshop format secrets sbom audit lock install
 check: lint test-unit ## Check style, types and contracts, and pass the unit tests: seconds
 
-lint: $(READY) ## Check style, types, the contracts between packages, and the workflows
+lint: $(DEV) ## Check style, types, the contracts between packages, and the workflows
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
 	@$(BIN)/zizmor --offline --quiet .github
 
-test-unit: $(READY) ## Pass the tests that need no server
+test-unit: $(DEV) ## Pass the tests that need no server
 	@$(PYTEST) tests/unit
 
 test-services: $(TESTED) ## Pass the tests of one service each, against real servers
 	@$(PYTEST) tests/services
 
-test-notebooks: $(GROUPS) ## Run every notebook and check what it made
+test-notebooks: $(DEV) $(GROUPS) ## Run every notebook and check what it made
 	@$(PYTEST) tests/notebooks
 
-test-browser: $(VENV)/.browser run ## After make run: walk the site, MLflow, the Feast UI, the object store and Lab in the system's Chromium
+test-browser: $(DEV) $(VENV)/.browser run ## After make run: walk the site, MLflow, the Feast UI, the object store and Lab in the system's Chromium
 	@$(PYTEST) tests/browser
 
-test-workshop: $(VENV)/.workshop ## Take three users through the notebooks at once, and let each try to cross: minutes, alone on the machine
+test-workshop: $(DEV) $(VENV)/.workshop ## Take three users through the notebooks at once, and let each try to cross: minutes, alone on the machine
 	@$(BIN)/python -m pytest tests/workshop
 
-test-cluster: $(READY) ## Pass the tests of the manifests and of the k8s- commands
+test-cluster: $(DEV) ## Pass the tests of the manifests and of the k8s- commands
 	@$(PYTEST) tests/cluster
 
 bench: $(READY) ## Time what users wait for beside the tools' own ways and the least that the work takes; write docs/speed.md (SCALES='1 10 100')
 	@$(CLI) up && $(BIN)/python -W ignore tests/benchmarks/features.py --scales $(or $(SCALES),1 10)
-	@for part in waits runs page; do $(BIN)/python -W ignore tests/benchmarks/$$part.py || exit; done
+	@for part in waits runs environment page; do $(BIN)/python -W ignore tests/benchmarks/$$part.py || exit; done
 
-format: $(READY) ## Format code and notebooks, strip the notebooks' outputs
+format: $(DEV) ## Format code and notebooks, strip the notebooks' outputs
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/nbstripout --keep-id notebooks/*.ipynb
 
-secrets: $(READY) ## Look for secrets in every file of the repository (FILES= names some)
+secrets: $(DEV) ## Look for secrets in every file of the repository (FILES= names some)
 	@$(if $(FILES),printf '%s\0' $(FILES),git ls-files -z) | grep -zvE '\.lock$$|^data/|\.png$$|/compiled/' | xargs -0 $(BIN)/detect-secrets-hook --no-verify --disable-plugin HexHighEntropyString --exclude-lines 'secretName:|defaultMode:|`make (env|password)`|"(wrong|hush-[0-9])"'
 
 sbom: $(VENV)/.audit ## List what the environment and the notebooks' image consist of, in build/*.cdx.json (CycloneDX)
@@ -182,17 +183,18 @@ sbom: $(VENV)/.audit ## List what the environment and the notebooks' image consi
 audit: $(VENV)/.audit ## Ask the Python Packaging Advisory Database for known holes in what is locked; needs the internet
 	@for lock in requirements*.lock; do $(BIN)/pip-audit --require-hashes --disable-pip -r "$$lock" || exit 1; done
 
-install: $(READY) ## Create the environment (every other target does it when needed)
+install: $(DEV) ## Create the environment, with what checks and tests need (every other target adds what it needs)
 
 # The image's file and the groups' are locked with the machine's versions. Each group follows the one before it, so that
 # all of them fit into one environment. kfp's own bounds on four packages are older than what it runs with: a test holds it.
 # A release is taken when it has been out for a week: one that somebody has planted is most often found by then.
 COOLDOWN = 7 days
 LOCK = $(BIN)/uv pip compile --quiet --exclude-newer '$(COOLDOWN)' --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
-GROUP = $(LOCK) -c requirements.lock
+GROUP = $(LOCK) -c requirements.lock -c requirements-dev.lock
 lock: $(BIN)/uv ## Resolve the dependencies again and write the hash-locked requirements (COOLDOWN='7 days')
 	@echo 'uv' | $(LOCK) --upgrade - -o requirements-uv.lock
-	@$(LOCK) --upgrade --group dev pyproject.toml -o requirements.lock
+	@$(LOCK) --upgrade --group build --group embedded --group ops pyproject.toml -o requirements.lock
+	@$(LOCK) -c requirements.lock --upgrade --group dev -o requirements-dev.lock
 	@$(GROUP) --group build --group ops pyproject.toml -o deploy/components/notebooks/requirements.lock
 	@printf '%s\n' kubernetes protobuf requests urllib3 | $(GROUP) --override /dev/stdin --group pipelines -o requirements-pipelines.lock
 	@$(GROUP) -c requirements-pipelines.lock --group serving -o requirements-serving.lock
@@ -215,7 +217,7 @@ $(VENV)/.%: requirements-%.lock $(READY)
 	$(call install,the packages of $*,$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r $<)
 	@touch $@
 
-# uv installs the 270 packages in a tenth of pip's time; pip itself fetches it, checked by its hash.
+# uv installs the 260 packages in a tenth of pip's time; pip itself fetches it, checked by its hash.
 $(BIN)/uv: requirements-uv.lock
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit("Python 3.11 to 3.14 is needed, and this is %s; name one: make PYTHON=python3.12" % sys.version.split()[0])'
 	@echo 'Creating the environment in $(VENV) (about a minute)' >&2

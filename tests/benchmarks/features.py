@@ -226,6 +226,9 @@ def measure_loads(ours: FeatureStore, stock: FeatureStore, versions: pd.DataFram
             return timed(lambda: load(store))
 
         del stored
+        if FEAST in stores:
+            yield from memory(client, stores)
+
         runs: dict[str, Callable[[], float]] = {
             f"{name}, first load": (lambda store=store: first(store)) for name, store in stores.items()
         }
@@ -237,6 +240,19 @@ def measure_loads(ours: FeatureStore, stock: FeatureStore, versions: pd.DataFram
             "materialise three views; floor: pipelined HSET", runs, repeats, size=size, rows=users * 3
         )
         remove(client, "benchmark")
+
+
+def memory(client: redis.Redis, stores: Mapping[str, FeatureStore]) -> Iterator[Figure]:
+    """Give what the server keeps for a user, which is a whole key."""
+    for name, store in stores.items():
+        keys = [key for key in client.scan_iter(count=10_000) if key.endswith(store.project.encode())]
+        pipeline = client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.memory_usage(key)
+        held = sum(pipeline.execute()) / len(keys)
+        values = sum(map(len, history.VIEWS.values()))
+        billion = f"{held / values:.0f} GB for a billion features"
+        yield Figure("online store, memory per user", name, held, "bytes", size=f"{values} features", beside=billion)
 
 
 def hashes(client: redis.Redis, project: str) -> dict[bytes, dict[bytes, bytes]]:

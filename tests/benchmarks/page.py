@@ -22,6 +22,7 @@ PARTS = {
     "runs": "All notebooks",
     "features": "The feature store",
     "waits": "Training, objects, start and stop",
+    "environment": "The environment",
 }
 PACKAGES = ("mlflow", "feast", "duckdb", "redis", "scikit-learn", "xgboost", "pandas", "pyarrow")
 PLOT = "docs/images/growth.svg"
