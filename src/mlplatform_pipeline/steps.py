@@ -200,12 +200,15 @@ def score(
     """
     rows = objectstore.read_frame(features_uri)
     start, stop = (len(rows) * edge // parts for edge in (part, part + 1))
-    scored = map_rows(engine, score_rows, range(start, stop), features_uri, alias, model_version, uuid4().hex)
+    features = rows if engine == "local" else features_uri  # a worker reads for itself
+    scored = map_rows(engine, score_rows, range(start, stop), features, alias, model_version, uuid4().hex)
     people = rows[[history.USER_ID, EVENT_TIMESTAMP]].iloc[start:stop].reset_index(drop=True)
     return objectstore.write_frame(people.assign(probability=np.concatenate(scored)), PARTS)
 
 
-def score_rows(features_uri: str, alias: str, model_version: str, job: str, rows: range) -> NDArray[np.float64]:
+def score_rows(
+    features: str | pd.DataFrame, alias: str, model_version: str, job: str, rows: range
+) -> NDArray[np.float64]:
     """Score some of the people, in this process or on a worker, which loads the model for its first rows of a job.
 
     Returns:
@@ -216,7 +219,8 @@ def score_rows(features_uri: str, alias: str, model_version: str, job: str, rows
     """
     with _LOADING:
         model = _load_model(alias, model_version, job)
-    frame = objectstore.read_frame(features_uri).iloc[rows.start : rows.stop]
+    whole = objectstore.read_frame(features) if isinstance(features, str) else features
+    frame = whole.iloc[rows.start : rows.stop]
     known = frame[list(income.COLUMNS)].notna().all(axis=1).to_numpy()
     probability = np.full(len(frame), np.nan)
     if known.any():

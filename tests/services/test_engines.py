@@ -302,6 +302,16 @@ def test_scores_of_two_workers_are_those_of_one_process_byte_for_byte(
     assert scored["probability"].isna().sum() == 31
 
 
+def test_this_process_reads_the_features_that_it_scores_once(
+    champion: tuple[str, str], features_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    read = objectstore.read_frame
+    monkeypatch.setattr(objectstore, "read_frame", lambda uri: reads.append(uri) or read(uri))
+    steps.score(features_uri, *champion, 0, 3)
+    assert reads == [features_uri]
+
+
 def test_a_worker_killed_in_mid_scoring_changes_nothing(
     on_dask: Any, champion: tuple[str, str], features_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
