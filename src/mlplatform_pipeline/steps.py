@@ -197,18 +197,20 @@ def score(
     rows = objectstore.read_frame(features_uri)
     start, stop = (len(rows) * edge // parts for edge in (part, part + 1))
     model = _load_model(alias, model_version)
-    scored = map_rows(engine, score_rows, range(start, stop), features_uri, model)
+    features = rows if engine == "local" else features_uri  # a worker reads for itself
+    scored = map_rows(engine, score_rows, range(start, stop), features, model)
     people = rows[[history.USER_ID, EVENT_TIMESTAMP]].iloc[start:stop].reset_index(drop=True)
     return objectstore.write_frame(people.assign(probability=np.concatenate(scored)), PARTS)
 
 
-def score_rows(features_uri: str, model: Pipeline, rows: range) -> NDArray[np.float64]:
+def score_rows(features: str | pd.DataFrame, model: Pipeline, rows: range) -> NDArray[np.float64]:
     """Score some of the people, in this process or on a worker, which can read the object store and not MLflow.
 
     Returns:
         Each one's probability; not a number for who has no features.
     """
-    frame = objectstore.read_frame(features_uri).iloc[rows.start : rows.stop]
+    whole = objectstore.read_frame(features) if isinstance(features, str) else features
+    frame = whole.iloc[rows.start : rows.stop]
     known = frame[list(income.COLUMNS)].notna().all(axis=1).to_numpy()
     probability = np.full(len(frame), np.nan)
     if known.any():

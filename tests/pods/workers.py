@@ -43,7 +43,6 @@ import redis
 from mlplatform import features, history, objectstore
 from mlplatform.connection import connect
 from mlplatform.engines import cluster
-from mlplatform.feast_plugins import distributed
 from mlplatform.history import USER_ID
 from mlplatform.income import read_income
 
@@ -106,7 +105,7 @@ rows = [entry.rows for entry in timed("load", lambda: features.materialise(store
 mine = timed("history", lambda: features.point_in_time(store, asked))
 
 # The same again in many small tasks, and a worker is lost meanwhile.
-distributed.ROWS_PER_TASK = 4_000
+cluster.ROWS_PER_TASK = 4_000
 times, direct = {}, set()
 
 

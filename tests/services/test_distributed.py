@@ -29,7 +29,6 @@ from shop import scratch_repository
 from mlplatform import features, history, objectstore
 from mlplatform.engines import cluster
 from mlplatform.errors import ServiceDownError, SettingsError
-from mlplatform.feast_plugins import distributed
 from mlplatform.history import FEATURES, USER_ID, VIEWS
 from mlplatform.income import read_income
 from mlplatform.settings import Settings
@@ -48,7 +47,7 @@ def versions() -> pd.DataFrame:
 @pytest.fixture
 def many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make as many tasks of the census as of some million rows."""
-    monkeypatch.setattr(distributed, "ROWS_PER_TASK", 10_000)
+    monkeypatch.setattr(cluster, "ROWS_PER_TASK", 10_000)
 
 
 def alone(repo: Path, entity_df: pd.DataFrame) -> pd.DataFrame:
@@ -247,9 +246,9 @@ import sys
 from pathlib import Path
 import pandas as pd
 from mlplatform import features
-from mlplatform.feast_plugins import distributed
+from mlplatform.engines import cluster
 
-distributed.ROWS_PER_TASK = 10_000
+cluster.ROWS_PER_TASK = 10_000
 what, repo, asked, answer = sys.argv[1:]
 store = features.open_store(Path(repo))
 if what == "history":

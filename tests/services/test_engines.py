@@ -322,6 +322,16 @@ def test_workers_train_and_score_with_the_variables_of_their_pods(
                 client.run(environment_of_a_pod, variables, workers=[worker])
 
 
+def test_this_process_reads_the_features_that_it_scores_once(
+    champion: tuple[str, str], features_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    read = objectstore.read_frame
+    monkeypatch.setattr(objectstore, "read_frame", lambda uri: reads.append(uri) or read(uri))
+    steps.score(features_uri, *champion, 0, 3)
+    assert reads == [features_uri]
+
+
 def test_a_worker_killed_in_mid_scoring_changes_nothing(
     on_dask: Any, champion: tuple[str, str], features_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

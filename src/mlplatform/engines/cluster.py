@@ -19,6 +19,7 @@ from mlplatform.errors import ServiceDownError, SettingsError
 
 VARIABLE = "DASK_SCHEDULER_ADDRESS"  # Dask's own clients read it too
 WAIT_S = 10
+# Rows that one task reads, and that one share of a join holds on average: some hundred megabytes of Arrow.
 ROWS_PER_TASK = 1_000_000
 ATTEMPTS = 3
 _Answer = TypeVar("_Answer")
@@ -69,12 +70,18 @@ def map_rows(engine: str, function: Callable[..., Any], rows: range, *arguments:
         return [function(*arguments, rows)]
 
     def work(client: Any, gather: Gather) -> list[Any]:
-        count = max(sum(client.nthreads().values()), math.ceil(len(rows) / ROWS_PER_TASK))
+        parts = split_rows(rows, count_tasks(client, len(rows)))
         # The scheduler keeps one copy, so that a worker that joins gets it too.
         given = [client.submit(lambda value: value, argument, pure=False) for argument in arguments]
-        return gather([client.submit(function, *given, part, pure=False) for part in split_rows(rows, count)])
+        return gather([client.submit(function, *given, part, pure=False) for part in parts])
 
     return on_cluster(scheduler, work)
+
+
+def count_tasks(client: Any, rows: int) -> int:
+    """Say into how many tasks to divide rows: one a thread at least, and more where they would be large."""
+    threads: int = sum(client.nthreads().values())
+    return max(threads, math.ceil(rows / ROWS_PER_TASK))
 
 
 def split_rows(rows: range, count: int) -> list[range]:

@@ -12,7 +12,6 @@ what a lost worker held.
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 import tempfile
@@ -36,15 +35,13 @@ from feast.infra.compute_engines.local.compute import LocalComputeEngine
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.utils import _get_column_names
 
-from mlplatform.engines.cluster import Gather, on_cluster
+from mlplatform.engines import cluster
 from mlplatform.errors import PlatformError, SettingsError
 from mlplatform.feast_plugins import point_in_time as one_machine
 from mlplatform.feast_plugins.duckdb_s3 import connection, duckdb_errors, quote_name, quote_text
 from mlplatform.feast_plugins.parquet_source import ParquetFile, family
 from mlplatform.feast_plugins.point_in_time import Lookup
 
-# Rows that one task reads, and that one share holds on average: some hundred megabytes of Arrow.
-ROWS_PER_TASK = 1_000_000
 PLACE = "__place"
 
 
@@ -79,7 +76,7 @@ def point_in_time(
     asked = entities.select([*keys, time_column]).append_column(PLACE, pa.array(np.arange(len(entities))))
     with connection() as duck:
         plans = [_plan(duck, view, asked) for view in views]
-    found = on_cluster(scheduler, partial(_join, asked, time_column, views, plans, created_before))
+    found = cluster.on_cluster(scheduler, partial(_join, asked, time_column, views, plans, created_before))
     answer = entities
     for view, columns in zip(views, found, strict=True):
         for name in view.features:
@@ -94,10 +91,11 @@ def _join(
     plans: Sequence[tuple[Sequence[Sequence[Span]], Mapping[str, str]]],
     created_before: bool,
     client: Any,
-    gather: Gather,
+    gather: cluster.Gather,
 ) -> list[pa.Table]:
     """Give each view's features, in the order of the rows asked."""
-    slices = [asked.slice(start, ROWS_PER_TASK) for start in range(0, max(len(asked), 1), ROWS_PER_TASK)]
+    size = cluster.ROWS_PER_TASK
+    slices = [asked.slice(start, size) for start in range(0, max(len(asked), 1), size)]
     questions = client.scatter(slices, hash=False)
     waiting = []
     for view, (spans, types) in zip(views, plans, strict=True):
@@ -160,7 +158,7 @@ def load(engine: LocalComputeEngine, registry: BaseRegistry, task: Materializati
         "classes": [type(part) for part in (engine, engine.offline_store, engine.online_store)],
     }
 
-    def write(client: Any, gather: Gather) -> list[Any]:
+    def write(client: Any, gather: cluster.Gather) -> list[Any]:
         count = _shares(client, keys, spans, 0)
         known = [client.submit(read_and_split, lookup, part, types, count, pure=False) for part in spans]
         loaded = [
@@ -180,7 +178,7 @@ def load(engine: LocalComputeEngine, registry: BaseRegistry, task: Materializati
         return gather(loaded)
 
     # Writing a row again changes nothing.
-    done = on_cluster(scheduler, write)
+    done = cluster.on_cluster(scheduler, write)
     return sum(rows for rows, _ in done), sum(changed for _, changed in done)
 
 
@@ -206,25 +204,22 @@ def _plan(
     with duckdb_errors(view.file.described):
         files = duck.sql(query).fetchall()
     tasks: list[list[Span]] = [[]]
-    room = ROWS_PER_TASK
+    size = room = cluster.ROWS_PER_TASK
     for uri, rows in files:
-        for start in range(0, max(rows, 1), ROWS_PER_TASK):
-            span = Span(uri, start, min(start + ROWS_PER_TASK, rows))
+        for start in range(0, max(rows, 1), size):
+            span = Span(uri, start, min(start + size, rows))
             if tasks[-1] and span.stop - span.start > room:
                 tasks.append([])
-                room = ROWS_PER_TASK
+                room = size
             tasks[-1].append(span)
             room -= span.stop - span.start
     return tasks, {column: types[column] for column in view.columns}
 
 
 def _shares(client: Any, keys: Mapping[str, str] | Sequence[str], spans: Sequence[Sequence[Span]], asked: int) -> int:
-    """Say how many shares to make: one a thread at least, and more where they would be large."""
-    if not keys:
-        return 1
+    """Say how many shares to make; rows without a key stay together."""
     rows = asked + sum(span.stop - span.start for part in spans for span in part)
-    threads: int = sum(client.nthreads().values())
-    return max(math.ceil(rows / ROWS_PER_TASK), threads)
+    return cluster.count_tasks(client, rows) if keys else 1
 
 
 def _turned(client: Any, splits: Sequence[Any], count: int) -> list[list[Any]]:

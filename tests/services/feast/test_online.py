@@ -131,6 +131,23 @@ def test_after_a_load_of_nothing_new_only_what_is_newer_is_sent(
     assert read(shop, "u0", "u1", "u299", "u300", "u599") == [7, 1, 299, 7, 7]
 
 
+@pytest.mark.parametrize("expires", [True, False])
+def test_a_first_load_asks_the_script_only_about_what_is_stored(
+    platform: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expires: bool
+):
+    shop = Shop("ours on local files", tmp_path, platform, expire_online=expires)
+    users = {f"u{number}": NOW for number in range(600)} | {"over": NOW - timedelta(days=20)}
+    make_view(shop, timedelta(days=10), users)
+    moments = [NOW + timedelta(seconds=1), NOW - timedelta(seconds=1)]
+    shop.store.write_to_online_store("v", pd.DataFrame({"user_id": ["u0", "u1"], "at": moments, "n": [-1, -2]}))
+    left = []
+    add = online_store._add
+    monkeypatch.setattr(online_store, "_add", lambda *given: left.append(add(*given)) or left[-1])
+    load(shop)
+    assert [len(rows) for rows in left] == [2]
+    assert read(shop, "u0", "u1", "u2", "u599", "over") == [-1, 1, 2, 599, None if expires else 600]
+
+
 def test_where_feast_is_told_not_to_compare_the_last_written_stays(platform: Settings, tmp_path: Path):
     shop = Shop("ours on local files", tmp_path, platform, skip_dedup=True)
     make_view(shop, timedelta(0), {"x": NOW, "y": NOW})
