@@ -51,6 +51,7 @@ COMBINATIONS = [
     combination for size in range(len(OPTIONS) + 1) for combination in itertools.combinations(OPTIONS, size)
 ]
 COMBINATIONS += [*((component,) for component in ALONE), (*OPTIONS, *ALONE)]
+DASK = "dask-client"
 NEWEST_MINORS = ("1.35", "1.36", "1.37")
 
 
@@ -469,11 +470,11 @@ def test_steps_that_take_an_engine_use_dask_where_its_secret_is_there_and_start_
         with_secret = {step for step, entry in given.items() if "dask" in str(entry)}
         assert with_secret == taking
         for step in taking:
-            (variable,) = (source for source in given[step]["secretAsEnv"] if source["secretName"] == "dask-client")
+            (variable,) = (source for source in given[step]["secretAsEnv"] if source["secretName"] == DASK)
             assert variable["keyToEnv"] == [{"secretKey": VARIABLE, "envVar": VARIABLE}]
             assert variable["optional"] is True
             (files,) = given[step]["secretAsVolume"]
-            assert (files["secretName"], files["mountPath"], files["optional"]) == ("dask-client", "/etc/dask", True)
+            assert (files["secretName"], files["mountPath"], files["optional"]) == (DASK, "/etc/dask", True)
 
 
 def test_the_readme_gives_kubeflow_the_secret_that_steps_name_with_the_schedulers_address(
@@ -485,7 +486,7 @@ def test_the_readme_gives_kubeflow_the_secret_that_steps_name_with_the_scheduler
     namespace, name, variable, host, port = re.search(
         r'^(\S+) .*metadata: \{name: "([^"]*)"\}, stringData: \{(\w+): "tls://([^:]*):(\d+)"\}', command, re.S
     ).groups()
-    assert (name, variable) == ("dask-client", VARIABLE)
+    assert (name, variable) == (DASK, VARIABLE)
     assert (namespace, host) == (service["metadata"]["namespace"], f"{service['metadata']['name']}.{namespace}.svc")
     assert int(port) == service["spec"]["ports"][0]["port"]
 

@@ -506,7 +506,7 @@ class Cluster:
                 values[entry["name"]] = pod.name
                 continue
             ((source, named),) = reference.items()
-            kind = {"secretKeyRef": "Secret", "configMapKeyRef": "ConfigMap"}[source]
+            kind = "ConfigMap" if source == "configMapKeyRef" else "Secret"
             if found := self._find(kind, named, pod):
                 data = found["data"] if kind == "ConfigMap" else secret_data(found)
                 if named["key"] not in data:
