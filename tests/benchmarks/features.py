@@ -51,8 +51,8 @@ STOCK = {
     '  scheduler: "${DASK_SCHEDULER_ADDRESS}"\n': "",
 }
 FLOOR, FEAST = "floor", "Feast's stock parts"
-# From here on Feast's own ways take minutes, and their order and rows are others.
-MANY_ROWS = 10**6
+# Rows from which on Feast's own ways take minutes.
+SLOW_HISTORY, SLOW_LOADS = 10**6, 10**5
 
 
 def main() -> None:
@@ -160,7 +160,7 @@ def measure_history(
     """Ask for every row that there is, which gives the versions back."""
     asked = versions[["user_id", "event_timestamp"]]
     ways: dict[str, Callable[[], pd.DataFrame]] = {OURS: lambda: features.point_in_time(ours, asked)}
-    if len(versions) < MANY_ROWS:
+    if len(versions) < SLOW_HISTORY:
         ways[FEAST] = lambda: features.point_in_time(stock, asked)
     ways[FLOOR] = lambda: by_hand(asked, folder)
     for name in (OURS, FLOOR):
@@ -202,11 +202,11 @@ def load(store: FeatureStore) -> None:
 def measure_loads(ours: FeatureStore, stock: FeatureStore, versions: pd.DataFrame, repeats: int) -> Iterator[Figure]:
     """Load an empty store, then load the same again; the floor writes the same bytes with nothing but redis-py.
 
-    From `MANY_ROWS` on, where Feast's own way does not compete, it is the number of users alone that is checked.
+    From `SLOW_LOADS` on, where Feast's own way does not compete, it is the number of users alone that is checked.
     """
     users = versions.loc[versions["event_timestamp"] <= features.MATERIALISE_END, "user_id"].nunique()
     size = f"{users * 3:,} rows"
-    stores = {OURS: ours} if len(versions) >= MANY_ROWS else {OURS: ours, FEAST: stock}
+    stores = {OURS: ours} if len(versions) >= SLOW_LOADS else {OURS: ours, FEAST: stock}
     with redis_client() as client:
         for store in stores.values():
             load(store)

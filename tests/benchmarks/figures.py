@@ -57,15 +57,15 @@ def show(cells: Sequence[str]) -> None:
 
 
 def keep(name: str, figures: Iterable[Figure]) -> None:
-    """Print figures as they come, and keep them in `build/benchmarks/<name>.json`."""
-    kept = []
+    """Print figures as they come, and keep them in `build/benchmarks/<name>.json`, also if the rest fails."""
+    kept: list[dict[str, object]] = []
+    FOLDER.mkdir(parents=True, exist_ok=True)
     show(HEAD)
     show(("---",) * len(HEAD))
     for figure in figures:
         show(figure.cells)
         kept.append(asdict(figure))
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+        (FOLDER / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def timed(run: Callable[[], object]) -> float:
