@@ -42,7 +42,9 @@ class Timing:
 def main() -> None:
     """Measure, print a Markdown table and keep it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs of which the median counts; each takes five minutes"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         keep("runs", measure(Path(folder).resolve(), options.repeats))
