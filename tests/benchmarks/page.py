@@ -100,7 +100,7 @@ def growth(figures: Sequence[Figure]) -> Iterator[str]:
         yield f"| {what} | {contender} | {first['rows']:,} to {last['rows']:,} | {grown:.3g} | {allowed:.3g} |"
         over += [f"{what}, {contender}"] if grown > allowed else []
     if over:
-        yield f"\nFaster than n log n: {'; '.join(over)}. [When it grows](growing.md) says why."
+        yield f"\nFaster than n log n: {'; '.join(over)}. [When it grows](growing.md) says more."
     yield ""
 
 
