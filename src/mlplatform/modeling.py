@@ -16,7 +16,6 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
-from threadpoolctl import threadpool_limits
 
 from mlplatform import table
 from mlplatform.errors import DataError
@@ -156,7 +155,5 @@ def cross_validate(estimator: BaseEstimator, frame: pd.DataFrame, *, folds: int 
         The area under the ROC curve of each fold.
     """
     parts = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    # On busy cores the threads of a small matrix product wait for each other ten times as long.
-    with threadpool_limits(1, "blas"):
-        scored = cross_val_score(make_pipeline(estimator), inputs(frame), labels(frame), cv=parts, scoring="roc_auc")
+    scored = cross_val_score(make_pipeline(estimator), inputs(frame), labels(frame), cv=parts, scoring="roc_auc")
     return np.asarray(scored, dtype=np.float64)
