@@ -127,15 +127,13 @@ def _once(pipeline: Any) -> Iterator[None]:
         spec.CopyFrom(kept)
 
 
-@contextlib.contextmanager
-def _quoted() -> Iterator[None]:
+def _quoted() -> contextlib.AbstractContextManager[None]:
     """Let the interpreter lie in a folder with a space: the runner puts its path into a line of the shell as it is."""
     replace = subprocess_task_handler.replace_python_executable
-    subprocess_task_handler.replace_python_executable = lambda command, python: replace(command, shlex.quote(python))
-    try:
-        yield
-    finally:
-        subprocess_task_handler.replace_python_executable = replace
+    return _replaced(
+        subprocess_task_handler,
+        replace_python_executable=lambda command, python: replace(command, shlex.quote(python)),
+    )
 
 
 @contextlib.contextmanager
@@ -145,13 +143,20 @@ def _one_log() -> Iterator[None]:
     The runner changes both for each step and then puts back what it found: where steps overlap that is another step's,
     which would stay for good.
     """
-    log, indented = logging_utils.local_logger_context, logging_utils.indented_print
-    with log():
-        logging_utils.local_logger_context = logging_utils.indented_print = contextlib.nullcontext
-        try:
-            yield
-        finally:
-            logging_utils.local_logger_context, logging_utils.indented_print = log, indented
+    leave = contextlib.nullcontext
+    once = logging_utils.local_logger_context()
+    with once, _replaced(logging_utils, local_logger_context=leave, indented_print=leave):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, **replacements: Any) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in replacements}
+    vars(module).update(replacements)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
 
 
 @contextlib.contextmanager
