@@ -33,7 +33,7 @@ import redis
 import requests
 from feast import FeatureStore
 from feast.infra.online_stores.helpers import _mmh3
-from figures import OURS, Figure, keep, take_turns, timed
+from figures import OURS, Figure, bytes_per_key, keep, keys_of, take_turns, timed
 from serving import client as http_client
 from serving import encode, running
 
@@ -245,11 +245,7 @@ def measure_loads(ours: FeatureStore, stock: FeatureStore, versions: pd.DataFram
 def memory(client: redis.Redis, stores: Mapping[str, FeatureStore]) -> Iterator[Figure]:
     """Give what the server keeps for a user, which is a whole key."""
     for name, store in stores.items():
-        keys = [key for key in client.scan_iter(count=10_000) if key.endswith(store.project.encode())]
-        pipeline = client.pipeline(transaction=False)
-        for key in keys:
-            pipeline.memory_usage(key)
-        held = sum(pipeline.execute()) / len(keys)
+        held = bytes_per_key(client, keys_of(client, store.project))
         values = sum(map(len, history.VIEWS.values()))
         billion = f"{held / values:.0f} GB for a billion features"
         yield Figure("online store, memory per user", name, held, "bytes", size=f"{values} features", beside=billion)
@@ -258,7 +254,7 @@ def memory(client: redis.Redis, stores: Mapping[str, FeatureStore]) -> Iterator[
 def hashes(client: redis.Redis, project: str) -> dict[bytes, dict[bytes, bytes]]:
     """Read everything that a project stored, by key without the project."""
     end = project.encode()
-    keys = [key for key in client.scan_iter(count=10_000) if key.endswith(end)]
+    keys = keys_of(client, project)
     found: dict[bytes, dict[bytes, bytes]] = {}
     once: dict[bytes, bytes] = {}  # fields and values are few, and a hundred times the users are many
     for start in range(0, len(keys), 10_000):
@@ -290,7 +286,7 @@ def write_bare(client: redis.Redis, commands: Sequence[tuple[bytes, list[bytes]]
 
 def remove(client: redis.Redis, project: str) -> None:
     """Delete what a project stored."""
-    mine = [key for key in client.scan_iter(count=10_000) if key.endswith(project.encode())]
+    mine = keys_of(client, project)
     for start in range(0, len(mine), 10_000):
         client.unlink(*mine[start : start + 10_000])
 
@@ -368,8 +364,7 @@ def measure_sdk(ours: FeatureStore, stock: FeatureStore, client: redis.Redis, us
     }
     fields: list[Any] = [f"_ts:{view}" for view in history.VIEWS]
     fields += [_mmh3(f"{view}:{name}") for view, names in history.VIEWS.items() for name in names]
-    project = ours.project.encode()
-    keys = {key.removesuffix(project)[-36:].decode(): key for key in client.scan_iter() if key.endswith(project)}
+    keys = {key.removesuffix(ours.project.encode())[-36:].decode(): key for key in keys_of(client, ours.project)}
 
     def bare(asked: list[str]) -> None:
         pipeline = client.pipeline(transaction=False)

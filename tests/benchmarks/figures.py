@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+import redis
+
 from mlplatform.settings import find_root
 
 OURS = "ours"
@@ -66,6 +68,19 @@ def keep(name: str, figures: Iterable[Figure]) -> None:
         show(figure.cells)
         kept.append(asdict(figure))
         (FOLDER / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def keys_of(client: redis.Redis, project: str) -> list[bytes]:
+    """List the keys of the online store that belong to a project."""
+    return [key for key in client.scan_iter(count=10_000) if key.endswith(project.encode())]
+
+
+def bytes_per_key(client: redis.Redis, keys: Sequence[bytes]) -> float:
+    """Ask what the online store keeps for a key, which is a user's, on average."""
+    pipeline = client.pipeline(transaction=False)
+    for key in keys:
+        pipeline.memory_usage(key)
+    return float(statistics.mean(pipeline.execute()))
 
 
 def timed(run: Callable[[], object]) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pandas as pd
 import redis
-from figures import show
+from figures import bytes_per_key, keys_of, show
 
 from mlplatform import features, objectstore
 from mlplatform.history import USER_ID, VIEWS
@@ -36,12 +36,9 @@ def measure() -> Iterator[tuple[str, str]]:
     size = sum(len(objectstore.read_bytes(uri)) for uri in uris)
     yield "object store, per row and view", f"{size / len(rows) / len(uris):.0f} bytes"
     with redis.Redis.from_url(Settings.from_env(os.environ).redis_url) as client:
-        keys = [key for key in client.scan_iter(count=10_000) if key.endswith(store.project.encode())]
-        pipeline = client.pipeline(transaction=False)
-        for key in keys:
-            pipeline.memory_usage(key)
-        held = sum(pipeline.execute())
-        yield "online store, per user of three views", f"{held / len(keys):.0f} bytes ({len(keys):,} users)"
+        keys = keys_of(client, store.project)
+        held = bytes_per_key(client, keys)
+        yield "online store, per user of three views", f"{held:.0f} bytes ({len(keys):,} users)"
 
         asked = pd.concat([rows] * COPIES, ignore_index=True)
         features.point_in_time(store, rows)
