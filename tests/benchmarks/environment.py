@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 from mlplatform.settings import find_root
 
 SHOWN = 15
+GROUPS = ("build", "embedded", "ops")  # what `make lock` puts into requirements.lock
 
 
 def main() -> None:
@@ -36,17 +37,22 @@ def measure() -> Iterator[Figure]:
 
 
 def requirements(locked: set[str]) -> dict[str, set[str]]:
-    """Find which packages of the lock, and which groups of ours, ask for each one; extras count as asked for."""
+    """Find which packages of the lock, with the extras asked of them, and which of our groups ask for each one."""
     project = tomllib.loads((find_root() / "pyproject.toml").read_text())
-    groups = {"this project": project["project"]["dependencies"]}
-    groups |= {f"our group {name}": lines for name, lines in project["dependency-groups"].items()}
+    lines = {"this project": project["project"]["dependencies"]}
+    lines |= {f"our group {name}": project["dependency-groups"][name] for name in GROUPS}
+    waiting = [(name, "", Requirement(line)) for name, some in lines.items() for line in some]
     needed_by: dict[str, set[str]] = defaultdict(set)
-    asked = [(name, line) for name, lines in groups.items() for line in lines if isinstance(line, str)]
-    asked += [(name, line) for name in locked for line in distribution(name).requires or ()]
-    for name, line in asked:
-        package = canonicalize_name(Requirement(line).name)
-        if package in locked and "extra ==" not in line:
-            needed_by[package].add(name)
+    seen: set[tuple[str, str]] = set()
+    while waiting:
+        name, extra, wanted = waiting.pop()
+        package = canonicalize_name(wanted.name)
+        if package not in locked or (wanted.marker and not wanted.marker.evaluate({"extra": extra})):
+            continue
+        needed_by[package].add(name)
+        for key in {(package, asked) for asked in ("", *wanted.extras)} - seen:
+            seen.add(key)
+            waiting += [(*key, Requirement(line)) for line in distribution(package).requires or ()]
     return needed_by
 
 
