@@ -41,9 +41,10 @@ def _running(command: list[str], folder: Path, environ: Mapping[str, str]) -> It
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            sys.stdout.write((folder / "log").read_text())
 
 
-def _eventually(check: Callable[[], bool], timeout_s: float = 30) -> None:
+def _eventually(check: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not check():
         assert time.monotonic() < deadline, "did not happen"
@@ -122,7 +123,11 @@ def _pings(client: redis.Redis) -> bool:
 
 
 def test_seaweedfs_takes_new_keys_and_drops_retired_ones_without_a_restart(tmp_path: Path) -> None:
-    port, config = free_port(), tmp_path / "s3.json"
+    ports: dict[str, int] = {}
+    for part in ("master", "volume", "filer", "s3"):
+        for name in (f"{part}.port", f"{part}.port.grpc"):
+            ports[name] = free_port(avoid=map(str, ports.values()))
+    port, config = ports["s3.port"], tmp_path / "s3.json"
     old = changed_values({})
     config.write_text(_files(old)["s3.json"])
 
@@ -135,15 +140,12 @@ def test_seaweedfs_takes_new_keys_and_drops_retired_ones_without_a_restart(tmp_p
     job_folder = tmp_path / "job"
     job_folder.mkdir()
     environ = {name: value for name, value in old.items() if name.startswith("WEED_")}
-    inner = free_port()
-    ports = [f"-{part}={inner + n}" for n, part in enumerate(("master.port", "volume.port", "filer.port"))]
-    ports += [f"-{part}.port.grpc={inner + 10 + n}" for n, part in enumerate(("master", "volume", "filer", "s3"))]
     command = [
         str(Path(sys.executable).parent / "weed"), "-logtostderr", "server", "-dir=.", "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1", "-filer", "-s3", f"-s3.port={port}", f"-s3.config={config}", "-s3.iam=false",
+        "-ip.bind=127.0.0.1", "-filer", "-s3", f"-s3.config={config}", "-s3.iam=false",
         "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", "-volume.preStopSeconds=0",
         "-volume.max=20",
-        *ports,
+        *(f"-{name}={number}" for name, number in ports.items()),
     ]  # fmt: skip
     with _running(command, tmp_path, environ) as process:
         _eventually(lambda: logs_in(old))
@@ -168,7 +170,7 @@ def test_seaweedfs_takes_new_keys_and_drops_retired_ones_without_a_restart(tmp_p
             with pytest.raises(botocore.exceptions.ClientError, match="AccessDenied"):
                 refused(Bucket=bucket, Key="k")
     # It offers no option for the place of these.
-    for number in (port, *range(inner + 10, inner + 14)):
+    for number in ports.values():
         for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):  # noqa: S108
             left.unlink()
 
