@@ -30,7 +30,7 @@ def read_server(
     environ: Mapping[str, str] = os.environ,
     timeout_s: float = 10.0,
 ) -> pd.DataFrame:
-    """Send the request that the `curl` of notebook 6 sends, and arrange the answer as `features.read_online` does.
+    """Send the request of the `curl` that notebook 6 shows, and arrange the answer as `features.read_online` does.
 
     Args:
         users: User ids.

@@ -23,10 +23,10 @@ from typing import Any
 from pods import Image, PodError, run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# What Python and the wheels load of the system, MLflow's driver for Postgres, and what the notebooks' image installs.
+# What Python and the wheels load of the system, as the notebooks' image has it, and MLflow's driver for Postgres.
 LIBRARIES = (
     "ca-certificates,libbz2-1.0,libexpat1,libffi8,libgomp1,liblzma5,libncursesw6,libreadline8,libsqlite3-0,libssl3,"
-    "libuuid1,zlib1g,python3-psycopg2,curl"
+    "libuuid1,zlib1g,python3-psycopg2"
 )
 # The release of Debian whose Redis, Postgres and HAProxy are nearest to the images'.
 SERVERS_RELEASE = "trixie"
