@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from feast import Entity, FeatureService, FeatureView, RepoConfig
 from feast.infra.online_stores.helpers import _mmh3, _redis_key, compute_versioned_name
@@ -120,10 +120,9 @@ class ExpiringRedisOnlineStore(RedisOnlineStore):
     """Never replaces a later value by an earlier one, and lets values expire by their view's ttl."""
 
     _expiring: str | None = None
-    # Whether little of what was sent last was new: then it is worth asking first which rows are.
-    _asks_first: bool = False
-    # Whether most of it may be new to the server, which stores that without the script in half the time.
-    _adds_first: bool = True
+    # How the next rows go, by what became of the last: those that the server has no field of are added without the
+    # script, in half the time; where few were newer it is asked first which are; else the script takes all.
+    _first: Literal["add", "ask", "write"] = "add"
     _warned: bool = False
 
     def __init__(self) -> None:
@@ -223,12 +222,13 @@ class ExpiringRedisOnlineStore(RedisOnlineStore):
         ends = [(moment + lifetime) // 1_000 + 1 if expire else 0 for moment in moments]
         rows = list(zip(keys, ends, _serialised(moments), values, strict=True))
         count = len(rows)
-        many, asks = count > ROWS_PER_CALL, self._asks_first  # a single call asks and writes at once
-        if many and asks:
+        first = self._first if count > ROWS_PER_CALL else "write"  # a single call asks and writes at once
+        added = 0
+        if first == "ask":
             rows = _newer(client, fields[0], rows)
-        elif many and self._adds_first and command == "HSETEX":
+        elif first == "add" and command == "HSETEX":
             rows = _add(client, fields, bool(expire), rows)
-        added = 0 if asks else count - len(rows)
+            added = count - len(rows)
         script = client.register_script(_WRITE_IF_NEWER)
         sent: list[Future[list[int]]] = []
         # The server stores one batch while the next is made.
@@ -242,9 +242,12 @@ class ExpiringRedisOnlineStore(RedisOnlineStore):
                     script(keys=[key for key, *_ in call], args=arguments, client=pipeline)
                 sent.append(sender.submit(pipeline.execute))
         changed = added + sum(stored for answers in sent for stored in answers.result())
-        self._asks_first = changed < count / 4
-        if many:
-            self._adds_first = asks or self._asks_first or added > count / 2
+        if changed < count / 4:
+            self._first = "ask"
+        elif self._first == "ask":
+            self._first = "add"
+        elif first == "add" and added < count / 2:
+            self._first = "write"
         return changed
 
     def update(
