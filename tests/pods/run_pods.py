@@ -186,6 +186,7 @@ def show_a_failover(cluster: Cluster, servers: list[Pod]) -> None:
     primary = next(pod for pod in nodes if role(pod) == "master")
     address = cluster.services["redis"][1]
     with redis.Redis(address, password=password, socket_timeout=2) as store:
+        users, taken = store.dbsize(), int(store.info("memory")["used_memory_dataset"])
         store.set("before", "kept")
         store.wait(1, 2000)
         frozen = [container.id for container in primary.containers if not container.init]
@@ -214,7 +215,8 @@ def show_a_failover(cluster: Cluster, servers: list[Pod]) -> None:
         time.sleep(0.5)
     redis_pods = [pod for pod in servers if pod.workload["metadata"]["name"] in ("redis", "redis-proxy")]
     cluster.wait(lambda pod: pod.ready, timeout_s=60, what="ready after the failover", of=redis_pods)
-    print(f"  Redis lost its primary {primary.name}: writes again after {took_s:.0f} s, nothing lost, it follows now")
+    print(f"  Redis held {users:,} users in {taken / 2**20:.1f} MiB and lost its primary {primary.name}:")
+    print(f"  writes again after {took_s:.0f} s, nothing lost, it follows now")
 
 
 def show_backup_and_rotation(cluster: Cluster, servers: list[Pod], overlay: Path) -> None:
