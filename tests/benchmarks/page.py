@@ -109,7 +109,7 @@ def growth(table: pd.DataFrame) -> Iterator[str]:
         yield f"| {what} | {contender} | {first['rows']:,} to {last['rows']:,} | {grown:.3g} | {allowed:.3g} |"
         over += [f"{what}, {contender}"] if grown > allowed else []
     if over:
-        yield f"\nFaster than n log n: {'; '.join(over)}. [When it grows](growing.md) says more."
+        yield f"\nTime grows faster than n log n for: {'; '.join(over)}. [When it grows](growing.md) says more."
     yield ""
 
 
