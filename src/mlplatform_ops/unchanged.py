@@ -148,7 +148,7 @@ def _parts(path: Path, parameters: Mapping[str, object], settings: Settings, roo
 
 
 def used_files(notebook: Path, root: Path) -> set[Path]:
-    """List the files of our packages that a notebook imports, directly or through each other.
+    """List the files of our packages that a notebook imports, directly or through each other, and what these read.
 
     Classes that `feature_store.yaml` names and the server of a service that the notebook needs count as imported.
     """
@@ -170,8 +170,12 @@ def used_files(notebook: Path, root: Path) -> set[Path]:
 
 @lru_cache(maxsize=256)
 def _imports_of(file: Path, source: Path) -> tuple[Path, ...]:
-    named = [source / "mlplatform" / "feast_plugins"] if file.name == "features.py" else []
-    return (*_imported(file.read_text(), source), *(path for folder in named for path in sorted(folder.glob("*.py"))))
+    if file.suffix != ".py":
+        return ()
+    code = file.read_text()
+    plugins = (source / "mlplatform" / "feast_plugins").glob("*.py") if file.name == "features.py" else ()
+    read = (path for path in file.parent.iterdir() if path.suffix in {".toml", ".md"} and path.name in code)
+    return (*_imported(code, source), *plugins, *read)
 
 
 def _imported(code: str, source: Path) -> Iterator[Path]:

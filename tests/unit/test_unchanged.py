@@ -143,6 +143,9 @@ def test_every_notebook_here_depends_on_what_it_imports_and_what_serves_it() -> 
     }
     assert "mlplatform/registry.py" not in used["01_explore_data"]
     assert {"mlplatform/promotion/gate.py", "mlplatform/registry.py"} <= used["04_register_model"]
+    assert {"mlplatform/promotion/gate.toml", "mlplatform/promotion/model_card.md"} <= used["03_evaluate_models"]
+    assert "mlplatform/promotion/gate.toml" in used["04_register_model"]
+    assert not [name for name in used["01_explore_data"] if not name.endswith(".py")]
     assert {
         "mlplatform/feast_plugins/point_in_time.py",
         "mlplatform_ops/feast_servers/gate.py",
