@@ -178,6 +178,52 @@ def test_the_key_of_a_user_is_the_one_that_feast_makes():
         assert HashNames("user_id", "income")([user.encode()]) == [serialize_entity_key(key, 3) + b"income"]
 
 
+class Registered:
+    """A registered model as MLflow's client gives it, and what an endpoint read after each change."""
+
+    def __init__(self) -> None:
+        self.aliases, self.tags = {"champion": "1"}, dict[str, str]()
+        self.seen: list[releases.Release] = []
+
+    def set_registered_model_alias(self, _: str, alias: str, version: str) -> None:
+        self.aliases[alias] = version
+        self.seen.append(releases.read(name="m"))
+
+    def set_registered_model_tag(self, _: str, tag: str, value: str) -> None:
+        self.tags[tag] = value
+        self.seen.append(releases.read(name="m"))
+
+    def delete_registered_model_tag(self, _: str, tag: str) -> None:
+        del self.tags[tag]
+        self.seen.append(releases.read(name="m"))
+
+    def get_registered_model(self, _: str) -> Registered:
+        return self
+
+    def search_registered_models(self, _: str) -> list[Registered]:
+        return [self]
+
+    def get_model_version(self, _: str, version: str) -> str:
+        return version
+
+
+def test_no_reader_sees_a_version_released_in_the_way_of_another(monkeypatch: pytest.MonkeyPatch):
+    registered = Registered()
+    monkeypatch.setattr(releases.mlflow, "MlflowClient", lambda: registered)
+    monkeypatch.setattr(releases, "sign", lambda _: None)
+    monkeypatch.setattr(releases, "note", lambda *_: None)
+    releases.shadow(5, name="m")
+    releases.canary(5, 0.1, name="m")
+    releases.canary(5, 0.5, name="m")
+    releases.shadow(6, name="m")
+    asked = [releases.Release(1, 5, way, share) for way, share in (("shadow", 0.0), ("canary", 0.1), ("canary", 0.5))]
+    asked.append(releases.Release(1, 6, "shadow"))
+    ways = [release for release in registered.seen if release != releases.Release(1)]
+    assert list(dict.fromkeys(ways)) == asked
+    # A share that grows never takes the version away in between.
+    assert registered.seen.count(releases.Release(1)) == 3
+
+
 def test_a_share_of_users_is_the_canarys_and_a_larger_share_keeps_them():
     users = [f"user-{number}" for number in range(20_000)]
     few, more = ({user for user in users if releases.in_canary(user, share)} for share in (0.1, 0.3))

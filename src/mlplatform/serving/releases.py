@@ -91,7 +91,10 @@ def _release(version: int, tag: str, event: str, name: str | None) -> Release:
     with mlflow_errors():
         entry = client.get_model_version(name, str(version))
         sign(entry)
-        # First the version and then how it answers: a reader in between sees the old way or none.
+        # How the version before answers must not hold for this one: a reader in between sees no release.
+        model = client.get_registered_model(name)
+        if RELEASE_TAG in model.tags and model.aliases.get(CHALLENGER) != str(version):
+            client.delete_registered_model_tag(name, RELEASE_TAG)
         client.set_registered_model_alias(name, CHALLENGER, str(version))
         client.set_registered_model_tag(name, RELEASE_TAG, tag)
         note(entry, event)
