@@ -15,7 +15,6 @@ from mlplatform.clients.sharing import name_buckets
 from mlplatform.clients.waiting import limit_waiting, s3_limits
 from mlplatform.errors import ServiceDownError, credentials_refused, service_down
 from mlplatform.settings import (
-    CLIENT_DEFAULTS,
     Settings,
     find_settings,
     missing_variables,
@@ -37,8 +36,8 @@ def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
 
     MLflow, Feast, boto3 and redis-py read them there. If all standard variables are set, as on a cluster, they are
     used. If only some are set, they are ignored and the embedded platform's settings are used: the
-    `AWS_ACCESS_KEY_ID` of somebody's cloud account must never meet a local address. Warns if that platform runs without
-    its supervisor.
+    `AWS_ACCESS_KEY_ID` of somebody's cloud account must never meet a local address, nor the platform's own the cloud.
+    Warns if that platform runs without its supervisor.
 
     Args:
         environ: Variables by name; the standard ones are written back to it.
@@ -55,8 +54,7 @@ def connect(environ: MutableMapping[str, str] = os.environ) -> Settings:
     check_services(settings)
     if missing_variables(environ) and _supervisor_was_killed(state_folder(environ=environ)):
         warnings.warn(UNSUPERVISED, RuntimeWarning, stacklevel=2)
-    # How long a client waits may be set: many users of one small machine are patient.
-    environ.update(settings.to_env() | {name: environ[name] for name in CLIENT_DEFAULTS if name in environ})
+    settings.put_into(environ)
     hasten_feast()
     limit_waiting()
     name_buckets()

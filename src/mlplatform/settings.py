@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,17 @@ CLIENT_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(ANSWER_TIMEOUT_S),
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
+
+# Variables that lead boto3 and DuckDB to another store or give them another login, whatever the standard ones say, and
+# those that name one user's part of a shared platform.
+FOREIGN = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
+    "AWS_SECURITY_TOKEN",
+    "AWS_SESSION_TOKEN",
+    "BUCKET_PREFIX",
+    "MLFLOW_WORKSPACE",
+)
 
 
 def _variable(name: str, *, secret: bool = False, optional: bool = False) -> str:
@@ -133,6 +144,20 @@ class Settings:
         """Give the standard variables and `CLIENT_DEFAULTS`, for the environment of a process."""
         values = {name: str(getattr(self, key)) for key, name in VARIABLES.items()}
         return {name: value for name, value in values.items() if value} | CLIENT_DEFAULTS
+
+    def put_into(self, environ: MutableMapping[str, str]) -> None:
+        """Let every library of a process find this platform, and none meet another with its keys.
+
+        Args:
+            environ: The process's environment; the standard variables are written to it. Unless it named this platform
+                before, variables that lead elsewhere are taken out. What it sets of `CLIENT_DEFAULTS` stays: many
+                users of one small machine are patient.
+        """
+        own = self.to_env()
+        if any(environ.get(name) != own[name] for name in REQUIRED):
+            for name in FOREIGN:
+                environ.pop(name, None)
+        environ.update(own | {name: environ[name] for name in CLIENT_DEFAULTS if name in environ})
 
     @property
     def redis_url(self) -> str:

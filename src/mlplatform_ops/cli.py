@@ -216,7 +216,7 @@ def lab() -> None:
     root = find_root()
     chain = runner.find_notebooks(root / "notebooks")
     services = {name for path in chain for name in runner.services(path)}
-    os.environ.update(_embedded().up(also=services, notify=say).to_env())
+    _embedded().up(also=services, notify=say).put_into(os.environ)
     os.chdir(root)
     port = next(port for port in range(8888, 8988) if is_free(port))
     token = secrets.token_urlsafe(24)
@@ -675,7 +675,7 @@ def _platform(platform: PlatformName, target: Target, services: Collection[str])
     with (
         on_cluster.forwarded(target) if platform == "k8s" else nullcontext(_embedded().up(also=services, notify=say))
     ) as settings:
-        os.environ.update(settings.to_env())
+        settings.put_into(os.environ)
         hasten_feast()
         limit_waiting()
         try:

@@ -50,7 +50,7 @@ def ready() -> None:
     """Let every library in a step's process find the platform; a service that is down is named by whoever asks it."""
     table.current().only_census("the pipeline")
     settings = find_settings()
-    os.environ.update(settings.to_env())
+    settings.put_into(os.environ)
     hasten_feast()
     mlflow.set_tracking_uri(settings.tracking_uri)
 

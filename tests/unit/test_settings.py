@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -147,6 +149,35 @@ def test_settings_of_an_earlier_version_name_the_way_out(no_platform: Path) -> N
 def test_connect_does_not_mix_a_stray_variable_with_the_embedded_platform(no_platform: Path) -> None:
     with pytest.raises(SettingsError, match="no platform was started here"):
         connect({"AWS_ACCESS_KEY_ID": "of-some-cloud", "MLPLATFORM_STATE": str(no_platform)})
+
+
+def test_a_login_to_a_cloud_does_not_lead_the_platforms_keys_there() -> None:
+    cloud = {
+        "AWS_ACCESS_KEY_ID": "cloud",
+        "AWS_ENDPOINT_URL_S3": "https://s3.example",
+        "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true",
+        "AWS_SESSION_TOKEN": "cloud",
+        "AWS_SECURITY_TOKEN": "cloud",
+        "BUCKET_PREFIX": "theirs-",
+    }
+    with patch.dict(os.environ, cloud):
+        Settings.from_env(COMPLETE).put_into(os.environ)
+        client = s3_client()
+        assert "BUCKET_PREFIX" not in os.environ
+    assert client.meta.endpoint_url == COMPLETE["AWS_ENDPOINT_URL"]
+    login = client._request_signer._credentials
+    assert (login.access_key, login.token) == (COMPLETE["AWS_ACCESS_KEY_ID"], None)
+
+
+def test_a_platform_that_the_environment_names_keeps_its_token_and_its_prefix() -> None:
+    named = COMPLETE | {
+        "AWS_SESSION_TOKEN": "of this platform",
+        "BUCKET_PREFIX": "user03-",
+        "MLFLOW_WORKSPACE": "user03",
+    }
+    environ = dict(named)
+    Settings.from_env(named).put_into(environ)
+    assert named.items() <= environ.items()
 
 
 def test_a_platform_that_is_down_is_said_and_leaves_the_environment_alone() -> None:
