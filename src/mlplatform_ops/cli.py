@@ -407,11 +407,18 @@ def run(
             done = sum(not execution.error and not execution.skipped for execution in executions)
             say(f"stopped after {done} of {len(executions)} notebooks; run 'make run' to start again")
             return 130
-        unchanged.stamp_all(executions, chosen, settings, root=root, parameters=given)
-        if platform == "embedded" and not notebooks:
-            _keep_state(executions, settings)
-        executions = sorted([*executions, *kept], key=lambda execution: execution.name)
-        _summarise(executions, settings, platform)
+        ran, executions = executions, sorted([*executions, *kept], key=lambda execution: execution.name)
+        _show_results(executions)
+        # What the notebooks found is told whatever may fail after them.
+        try:
+            unchanged.stamp_all(ran, chosen, settings, root=root, parameters=given)
+            if platform == "embedded" and not notebooks:
+                _keep_state(ran, settings)
+            _summarise(settings, platform)
+        except (PlatformError, OSError) as error:
+            if platform == "embedded":
+                _embedded().check_space()
+            say(f"the next 'make run' may run these again: {error}")
         if folder == root / "build" / "notebooks":
             _build_site(folder, root / "build" / "site")
     return int(any(execution.error or execution.skipped for execution in executions))
@@ -743,6 +750,10 @@ def _show_results(executions: Sequence[Execution]) -> None:
 
 def _keep_state(executions: Sequence[Execution], settings: Settings) -> None:
     """Keep the state for `make reset` after a complete run; one that ran nothing anew has changed nothing."""
+    import sqlite3
+
+    import redis
+
     from mlplatform_ops.embedded import after_run
 
     state = state_folder()
@@ -751,7 +762,7 @@ def _keep_state(executions: Sequence[Execution], settings: Settings) -> None:
     if executions or not after_run.is_kept(state):
         try:
             after_run.keep(state, settings)
-        except OSError as error:
+        except (PlatformError, OSError, redis.RedisError, sqlite3.Error) as error:
             _embedded().check_space()
             say(f"'make reset' will know nothing of this run: {error}")
 
@@ -764,12 +775,12 @@ def _build_site(executed: Path, site: Path) -> None:
     wide_console().print(f"Read on     {site / 'index.html'}")
 
 
-def _summarise(executions: Sequence[Execution], settings: Settings, platform: PlatformName) -> None:
+def _summarise(settings: Settings, platform: PlatformName) -> None:
+    """Say who is champion and where to look."""
     from mlplatform import table
     from mlplatform.modeling import SCORES
     from mlplatform_ops import mlflow_rest
 
-    _show_results(executions)
     console = wide_console()
     model = table.current().model
     version = mlflow_rest.find_version(settings, model, CHAMPION)

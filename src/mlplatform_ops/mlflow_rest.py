@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import requests
 
+from mlplatform.errors import service_down
 from mlplatform.settings import Settings
 
 # `make run` names itself in this variable, and MLflow runs carry the name as this tag.
@@ -76,13 +77,16 @@ def look_up(settings: Settings, method: str, **query: str) -> dict[str, Any] | N
     Who shares the server is told of what is not there that it is not theirs.
 
     Raises:
-        requests.RequestException: MLflow does not answer, or refuses.
+        ServiceDownError: MLflow does not answer, or refuses.
     """
-    answer = requests.get(_address(settings, method), params=query, timeout=TIMEOUT_S, **_login(settings))
-    if answer.status_code == 404 or (settings.workspace and answer.status_code == 403):
-        return None
-    answer.raise_for_status()
-    return dict(answer.json())
+    try:
+        answer = requests.get(_address(settings, method), params=query, timeout=TIMEOUT_S, **_login(settings))
+        if answer.status_code == 404 or (settings.workspace and answer.status_code == 403):
+            return None
+        answer.raise_for_status()
+        return dict(answer.json())
+    except requests.RequestException as error:
+        raise service_down("MLflow server", settings.tracking_uri) from error
 
 
 def find_version(settings: Settings, name: str, alias: str) -> dict[str, Any] | None:
@@ -91,7 +95,7 @@ def find_version(settings: Settings, name: str, alias: str) -> dict[str, Any] | 
     MLflow answers a question for an alias that is not there as if it were malformed, so the model is asked for.
 
     Raises:
-        requests.RequestException: As in `look_up`.
+        ServiceDownError: As in `look_up`.
     """
     found = look_up(settings, "registered-models/get", name=name) or {"registered_model": {}}
     versions = {entry["alias"]: entry["version"] for entry in found["registered_model"].get("aliases", ())}

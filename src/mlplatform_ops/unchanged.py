@@ -22,10 +22,12 @@ import redis
 
 from mlplatform import table
 from mlplatform.connection import s3_client
-from mlplatform.errors import NotebookError
+from mlplatform.errors import NotebookError, service_down
 from mlplatform.results import read_results
 from mlplatform.settings import CHAMPION, FEATURES_BUCKET, REGISTRY_BUCKET, Settings
+from mlplatform.storage.refusals import s3_errors
 from mlplatform_ops import mlflow_rest
+from mlplatform_ops.files import write_private
 from mlplatform_ops.runner import Execution, needs, services
 
 if TYPE_CHECKING:
@@ -110,9 +112,7 @@ def stamp_all(
             "marks": {module: marks[module] for module in _marked(path, root)},
             "seconds": execution.seconds,
         }
-        partial = execution.executed.with_name(f".stamped-{execution.executed.name}")
-        partial.write_text(json.dumps(copy, indent=1))
-        partial.replace(execution.executed)
+        write_private(execution.executed, json.dumps(copy, indent=1))
 
 
 def _difference(
@@ -201,11 +201,18 @@ def _marked(path: Path, root: Path) -> list[str]:
 
 
 def _marks(settings: Settings, s3: S3Client) -> dict[str, str]:
-    """Ask which version is champion, and what the feature store holds."""
+    """Ask which version is champion, and what the feature store holds.
+
+    Raises:
+        ServiceDownError: A service does not answer.
+    """
     champion = mlflow_rest.find_version(settings, table.current().model, CHAMPION)
     stored = [_list(s3, f"s3://{bucket}/") for bucket in (FEATURES_BUCKET, REGISTRY_BUCKET)]
-    with redis.Redis.from_url(settings.redis_url) as client:
-        keys = client.dbsize()
+    try:
+        with redis.Redis.from_url(settings.redis_url) as client:
+            keys = client.dbsize()
+    except redis.RedisError as error:
+        raise service_down("online store", settings.redis.split(",", 1)[0]) from error
     return {
         "registry": champion["version"] if champion else "",
         "features": _digest(f"{keys} {stored}".encode()),
@@ -232,7 +239,8 @@ def _list(s3: S3Client, prefix: str) -> dict[str, str]:
     """Give the ETag of each object whose address begins so, without pandas, which `objectstore` imports."""
     bucket, _, key = prefix.removeprefix("s3://").partition("/")
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-    return {f"s3://{bucket}/{entry['Key']}": entry["ETag"] for page in pages for entry in page.get("Contents", [])}
+    with s3_errors(prefix):
+        return {f"s3://{bucket}/{entry['Key']}": entry["ETag"] for page in pages for entry in page.get("Contents", [])}
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from mlplatform.errors import service_down
 from mlplatform.settings import CLIENT_DEFAULTS
+from mlplatform_ops import cli, mlflow_rest, runner, unchanged
 from mlplatform_ops.cli import app, main
+from mlplatform_ops.runner import Execution
 from mlplatform_serving.__main__ import main as serve
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +40,25 @@ def test_a_command_that_fails_prints_one_line_and_no_trace(command: str, tmp_pat
     (line,) = outcome.stderr.splitlines()
     assert line.startswith("error: no platform was started here")
     assert line.endswith("run 'make up'")
+
+
+def test_what_fails_after_the_notebooks_does_not_hide_what_they_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise service_down("MLflow server", "http://127.0.0.1:1")
+
+    def succeed(chosen: Sequence[Path], folder: Path, **_: object) -> list[Execution]:
+        return [Execution(path.stem, folder / path.name, 1.0) for path in chosen]
+
+    monkeypatch.setattr(cli, "_platform", lambda *_: nullcontext(None))
+    monkeypatch.setattr(mlflow_rest, "close_runs", lambda *_: 0)
+    monkeypatch.setattr(runner, "run_all", succeed)
+    monkeypatch.setattr(unchanged, "stamp_all", away)
+    assert main(["run", "01", "--platform", "env", "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert re.search(r"01_explore_data +. 1\.0 +. ok", said.out)
+    assert said.err.splitlines()[-1].startswith("the next 'make run' may run these again: the MLflow server at")
 
 
 HELP = " ('python -m mlplatform_ops{} --help' explains)"

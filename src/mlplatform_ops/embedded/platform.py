@@ -34,6 +34,7 @@ from mlplatform.settings import (
     read_settings,
     read_state,
 )
+from mlplatform.storage.refusals import s3_errors
 from mlplatform_ops.console import Notify
 from mlplatform_ops.embedded.services import (
     CONTENTS,
@@ -140,8 +141,9 @@ class EmbeddedPlatform:
             for service in services:
                 self._supervisor.start(service.name)
             self._wait(services, notify)
-            make_buckets(self.settings, read_users(self.state), notify=notify)
-            wait_for_objects(self.settings, notify=notify)
+            with s3_errors(self.settings.s3_endpoint):
+                make_buckets(self.settings, read_users(self.state), notify=notify)
+                wait_for_objects(self.settings, notify=notify)
         return self.settings
 
     def down(self, *, notify: Notify = lambda _: None) -> bool:
