@@ -290,13 +290,16 @@ def test_the_log_keeps_no_user_and_drops_what_has_no_room(monkeypatch: pytest.Mo
     assert (len(written[0]), log.dropped, log.write()) == (2, 1, None)
 
 
-def test_rows_that_cannot_be_written_are_kept(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("kind", [ServiceDownError, ValueError])
+def test_rows_that_cannot_be_written_are_kept(kind: type[Exception], monkeypatch: pytest.MonkeyPatch):
     def away(*_: object) -> None:
-        raise ServiceDownError("the object store does not answer")
+        raise kind("the object store does not answer")
 
-    log = EndpointLog()
+    said: list[str] = []
+    log = EndpointLog(notify=said.append)
     log.add((*["x"] * 8, 1, 0.5))
     monkeypatch.setattr(objectstore, "write_frame", away)
     assert log.write() is None
+    assert said == ["rows are kept until they can be written: the object store does not answer"]
     monkeypatch.setattr(objectstore, "write_frame", lambda frame, uri: f"{uri}: {len(frame)}")
     assert str(log.write()).endswith(": 1")

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 import pandas as pd
 
 from mlplatform import objectstore, table
-from mlplatform.errors import PlatformError
 from mlplatform.history import EVENT_TIMESTAMP
 from mlplatform.settings import DATASETS_BUCKET
 
@@ -75,7 +74,7 @@ class EndpointLog:
             frame[EVENT_TIMESTAMP] = moments.astype("datetime64[us, UTC]")
             try:
                 uri = objectstore.write_frame(frame, f"{self._folder}/{datetime.now(UTC):%Y-%m-%d}/rows.parquet")
-            except PlatformError as error:
+            except Exception as error:  # whatever it is, it may have passed the next time
                 self._notify(f"rows are kept until they can be written: {error}")
                 return None
             for _ in range(count):

@@ -16,7 +16,6 @@ CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
 
 _REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403"}
 _ABSENT = {"NoSuchKey", "404"}
-_FAILING = {"InternalError", "ServiceUnavailable", "SlowDown", "500", "502", "503", "504"}
 
 
 @contextmanager
@@ -49,8 +48,8 @@ def s3_errors(uri: str) -> Iterator[None]:
             raise DataError(f"the object store refuses {uri[:60]}... as too long a name; shorten it") from error
         if code in _ABSENT:
             raise MissingObjectError(f"{uri} is not there; run the notebook that writes it, or 'make run'") from error
-        if code in _FAILING:
-            # SeaweedFS and MinIO say no more than this of a disk that is full.
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
+            # SeaweedFS says no more than this of a disk that is full; MinIO answers 507.
             raise ServiceDownError(
                 f"the object store fails on {uri} ({code}): no space left, if its disk is full; see 'make status'"
             ) from error
