@@ -7,11 +7,16 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+import requests
 from evaluations import FOLDS, make_evaluation
 from sklearn.linear_model import LogisticRegression
 
+# The module itself, since a name of it is replaced below.
+import mlplatform.promotion.gate as gate
 from mlplatform import income
-from mlplatform.promotion import evaluation, gate
+from mlplatform.errors import RegistryError, ServiceDownError
+from mlplatform.promotion import evaluation
+from mlplatform.promotion.alias import mlflow_errors
 
 CHAMPION = make_evaluation(auc=0.880)
 
@@ -21,6 +26,21 @@ def test_an_evaluation_that_passes_every_rule_breaks_none() -> None:
     broken, figures = gate.check(make_evaluation(auc=0.884), CHAMPION)
     assert broken == []
     assert "lead in AUC +0.0040" in figures
+
+
+def test_an_evaluation_that_could_not_be_read_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: object) -> dict[str, object]:
+        raise requests.ReadTimeout("read timed out")
+
+    monkeypatch.setattr(gate, "load_json", late)
+    with pytest.raises(ServiceDownError, match=r"the MLflow server at .* does not answer"), mlflow_errors():
+        gate.read_champion("challenger", "champion")
+    with pytest.raises(ServiceDownError, match=r"the MLflow server at .* does not answer"), mlflow_errors():
+        gate.read("challenger")
+    monkeypatch.setattr(gate, "load_json", lambda *_: {})
+    assert gate.read_champion("challenger", "champion") is None
+    with pytest.raises(RegistryError, match="has no evaluation; run notebook"):
+        gate.read("challenger")
 
 
 @pytest.mark.parametrize("auc", [0.880, 0.870])

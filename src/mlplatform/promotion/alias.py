@@ -179,8 +179,10 @@ def mlflow_errors() -> Iterator[None]:
     except requests.HTTPError as error:
         # Artifacts pass through MLflow's server, whose client does not translate what is said about them.
         if error.response is None or error.response.status_code != 404:
-            raise
+            raise service_down("MLflow server", mlflow.get_tracking_uri()) from error
         raise MissingObjectError(
             f"the object store has not got what the MLflow server at {mlflow.get_tracking_uri()} keeps there; "
             "run 'make up', then put a backup back, or train again"
         ) from error
+    except requests.RequestException as error:
+        raise service_down("MLflow server", mlflow.get_tracking_uri()) from error

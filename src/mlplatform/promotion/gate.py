@@ -11,7 +11,6 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
-from mlflow.exceptions import MlflowException
 from sklearn.pipeline import Pipeline
 
 from mlplatform.errors import RegistryError
@@ -115,7 +114,7 @@ def read(run_id: str) -> Evaluation:
     """
     try:
         return Evaluation(**load_json(run_id, FILE))
-    except (MlflowException, OSError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise RegistryError(f"run {run_id} has no evaluation; run notebook 03_evaluate_models") from error
 
 
@@ -124,7 +123,7 @@ def read_champion(run_id: str, champion_run: str) -> Evaluation | None:
     try:
         found = load_json(run_id, RIVAL_FILE)
         return Evaluation(**found) if found.pop("run_id") == champion_run else None
-    except (MlflowException, OSError, TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError):
         return None
 
 
