@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -286,15 +286,16 @@ class _Endpoint:
 
     def __enter__(self) -> str:
         deadline = time.monotonic() + READY_TIMEOUT_S
-        while self._process.poll() is None and time.monotonic() < deadline:
-            try:
-                if requests.get(f"{self._url}/readyz", timeout=10).ok:
-                    return self._url
-            except requests.ConnectionError:
-                pass
-            time.sleep(0.1)
-        self.__exit__()
-        raise ServiceDownError(f"the loop's endpoint does not come up; see {self._page}")
+        try:
+            while self._process.poll() is None and time.monotonic() < deadline:
+                with suppress(requests.RequestException):
+                    if requests.get(f"{self._url}/readyz", timeout=10).ok:
+                        return self._url
+                time.sleep(0.1)
+            raise ServiceDownError(f"the loop's endpoint does not come up; see {self._page}")
+        except BaseException:  # a signal too must not leave it behind
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
