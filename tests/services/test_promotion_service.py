@@ -216,6 +216,21 @@ def test_a_lock_is_held_by_one_and_names_its_holder_to_the_others(platform: Sett
         assert again.holder != held.holder
 
 
+def test_a_lock_whose_write_was_answered_too_late_is_still_held_and_then_free(
+    platform: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"test-{uuid4()}"
+    with lock.exclusive(name) as held:
+        put = held.client.put_object
+        # As a client does that hears nothing: it sends the same again, which the first one has made too late.
+        monkeypatch.setattr(held.client, "put_object", lambda **words: put(**words) and put(**words))
+        held.renew()
+        held.renew()
+    monkeypatch.undo()
+    with lock.exclusive(name, wait_s=0.5) as again:
+        assert again.holder != held.holder
+
+
 def test_a_lock_of_a_dead_process_is_taken_over_and_the_dead_one_can_write_no_more(
     platform: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

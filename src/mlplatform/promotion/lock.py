@@ -60,15 +60,21 @@ class Lock:
             raise RegistryError(f"{self.holder} lost the lock {self.key} to somebody else; run the command again")
 
     def write(self, holder: str) -> bool:
-        """Write a holder, or none, if nobody has written since; say whether it was done."""
+        """Write a holder, or none, if nobody else has written since; say whether it was done."""
         body = json.dumps({"holder": holder, "lease_s": LEASE_S, "nonce": uuid4().hex}).encode()
         condition: dict[str, Any] = {"IfMatch": self.etag} if self.etag else {"IfNoneMatch": "*"}
         try:
             answer = self.client.put_object(Bucket=ARTIFACTS_BUCKET, Key=self.key, Body=body, **condition)
         except botocore.exceptions.ClientError as error:
-            if error.response["Error"]["Code"] in _CHANGED:
+            if error.response["Error"]["Code"] not in _CHANGED:
+                raise
+            # A write whose answer was lost is repeated by the client, and then refused: it was done all the same.
+            try:
+                answer = self.client.get_object(Bucket=ARTIFACTS_BUCKET, Key=self.key)
+            except self.client.exceptions.NoSuchKey:
                 return False
-            raise
+            if answer["Body"].read() != body:
+                return False
         self.etag = answer["ETag"]
         return True
 
@@ -109,5 +115,4 @@ def _held_by_other(lock: Lock) -> str:
     now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
     said, lock.etag = json.loads(answer["Body"].read()), answer["ETag"]
     ended = (now - answer["LastModified"]).total_seconds() > said["lease_s"]
-    # A write whose answer was lost is repeated by the client, and then refused: the lock is ours all the same.
-    return "" if ended or said["holder"] == lock.holder else str(said["holder"])
+    return "" if ended else str(said["holder"])
