@@ -43,11 +43,13 @@ def save(store: Any, folder: Path, *, databases: Iterable[Path] = (), buckets: I
         How many objects the copy holds.
 
     Raises:
-        DataError: The folder is there.
+        DataError: The folder is there, or two databases have one name.
         MissingObjectError: A database or a bucket is not there.
         ServiceDownError: The object store does not answer.
     """
-    folder = folder.resolve()
+    databases, folder = list(databases), folder.resolve()
+    if len({database.name for database in databases}) < len(databases):
+        raise DataError("two of the databases have one name; save each to a folder of its own")
     if folder.exists():
         raise DataError(f"{folder} is there already; name a new folder for each copy")
     part = folder.with_name(f"{folder.name}.part")

@@ -134,14 +134,11 @@ def submit(
         host: Address of Kubeflow's API server.
     """
     _installed()
-    import yaml
-
     from mlplatform_pipeline import submit as client
 
     if not host:
         raise SettingsError("KFP_HOST is not set; set it to the address of Kubeflow's API server, http://host:port")
-    given = dict(entry.partition("=")[::2] for entry in arguments)
-    values = {key: yaml.safe_load(value) for key, value in given.items()}
+    values = dict(map(_argument, arguments))
     package = find_root() / PACKAGES / f"{name}.yaml"
     connected = client.connect(host.rstrip("/"), token=os.environ.get("KFP_TOKEN"))
     if cron:
@@ -149,6 +146,21 @@ def submit(
     else:
         run_name = f"income-{name}-{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}"
         _say(f"run {client.submit(connected, package, values, run_name=run_name)}")
+
+
+def _argument(given: str) -> tuple[str, object]:
+    """Read NAME=VALUE, whose value is YAML."""
+    import yaml
+
+    name, equals, value = given.partition("=")
+    if not equals:
+        raise SettingsError(f"-p {given!r} is not NAME=VALUE")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingsError(
+            f"-p {given!r}: {value!r} is not YAML; a text with such signs stands in quotes, as {name}='\"...\"'"
+        ) from error
 
 
 def _installed() -> None:

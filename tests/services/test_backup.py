@@ -105,6 +105,12 @@ def test_saving_a_database_that_is_not_there_says_so(platform: Settings, tmp_pat
         backup.save(s3_client(), tmp_path / "copy", databases=[tmp_path / "nothing.db"])
 
 
+def test_two_databases_of_one_name_are_not_saved_over_each_other(platform: Settings, tmp_path: Path) -> None:
+    databases = [tmp_path / folder / "mlflow.db" for folder in ("one", "two")]
+    with pytest.raises(DataError, match="two of the databases have one name"):
+        backup.save(s3_client(), tmp_path / "copy", databases=databases)
+
+
 def test_restoring_into_a_bucket_that_is_not_there_copies_nothing(platform: Settings, tmp_path: Path) -> None:
     for bucket in (DATASETS_BUCKET, "unheard-of"):
         (tmp_path / "buckets" / bucket).mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from mlplatform.errors import (
 )
 from mlplatform.settings import REQUIRED, Settings
 from mlplatform_pipeline import steps
+from mlplatform_pipeline.__main__ import main
 from mlplatform_pipeline.variables import ADDRESS_VARIABLES, SECRET_VARIABLES
 
 ROOT = Path(__file__).parents[2]
@@ -297,6 +299,18 @@ def test_a_recurring_run_is_sent_with_its_schedule_and_one_at_a_time(submit: Any
     assert body["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * *"
     assert str(body["max_concurrency"]) == "1"
     assert body["no_catchup"] is True
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("people_uri", r"-p 'people_uri' is not NAME=VALUE"), ("x={a", r"-p 'x=\{a': '\{a' is not YAML; a text with")],
+)
+def test_a_parameter_that_is_none_is_named_before_anything_is_sent(
+    given: str, message: str, kubeflow: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", "batch", "-p", given, "--host", kubeflow]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not Kubeflow.sent
 
 
 def test_kubeflow_that_is_away_or_refuses_is_named_with_what_to_type(submit: Any, kubeflow: str) -> None:
