@@ -286,12 +286,15 @@ class _Stop:
         self.end_kernels()
 
     def end_kernels(self) -> None:
-        """End every kernel of this process, and what it has started."""
+        """End every kernel of this process, and what it has started; forwards to a cluster are needed for longer."""
         import psutil
 
-        for child in psutil.Process().children(recursive=True):
+        for child in psutil.Process().children():
             with suppress(psutil.Error):
-                child.kill()
+                if "ipykernel_launcher" in child.cmdline():
+                    for process in (*child.children(recursive=True), child):
+                        with suppress(psutil.Error):
+                            process.kill()
 
 
 def _make_folder(output: Path) -> None:

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import PIPE
 
 import nbformat
+import psutil
 import pytest
 
 from mlplatform.errors import NotebookError
 from mlplatform.results import read_results
 from mlplatform_ops import runner
-from mlplatform_ops.runner import check_group, check_parameters, find_notebooks, run_all, select
+from mlplatform_ops.runner import _Stop, check_group, check_parameters, find_notebooks, run_all, select
 
 RECORD = "from mlplatform.results import record\nrecord(doubled=2 * size)"
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -164,3 +169,18 @@ def test_a_group_that_is_not_installed_is_named_with_what_to_run(write: Write, m
     with pytest.raises(NotebookError, match="names the group 'drifting'; there are: pipelines, serving, drift, scale"):
         check_group(write("10_d", group="drifting"))
     check_group(write("01_a"))
+
+
+def test_stopping_ends_kernels_and_what_they_started_and_nothing_else() -> None:
+    starts = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", starts, "ipykernel_launcher"]
+    with subprocess.Popen(["/bin/sleep", "600"]) as forward, subprocess.Popen(words, stdin=PIPE, stdout=PIPE) as kernel:
+        try:
+            assert kernel.stdout is not None
+            started = psutil.Process(int(kernel.stdout.readline()))
+            _Stop().end_kernels()
+            assert kernel.wait(timeout=20) == -signal.SIGKILL
+            assert psutil.wait_procs([started], timeout=20)[1] == []
+            assert forward.poll() is None
+        finally:
+            forward.kill()

@@ -120,7 +120,11 @@ class Forward:
             Whether the forward was ever open.
         """
         process = subprocess.Popen(
-            self._command(pod, self.port, remote), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            self._command(pod, self.port, remote),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # a terminal's Ctrl-C must not end it before what still needs it
         )
         self._process = process
         lines: list[str] = []
