@@ -39,6 +39,13 @@ def test_the_ports_of_the_last_start_are_kept() -> None:
     assert choose_ports({}, ports, defaults=True) == ports
 
 
+def test_a_port_whose_sockets_place_is_taken_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (left := tmp_path / "left").touch()
+    monkeypatch.setattr(services, "_grpc_socket", lambda _, port: tmp_path / "none" if port.endswith("7") else left)
+    ports = choose_ports({}, {}, defaults=False)
+    assert {port[-1] for name, port in ports.items() if "GRPC" in name} == {"7"}
+
+
 def test_a_taken_port_that_nobody_asked_for_is_replaced_and_that_is_said(taken: int) -> None:
     said: list[str] = []
     ports = choose_ports({}, {"MLPLATFORM_MLFLOW_PORT": str(taken)}, defaults=False, notify=said.append)

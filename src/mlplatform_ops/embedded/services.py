@@ -73,7 +73,8 @@ FILES = (
     "filer.sock",
 )
 DATABASES = ("mlflow.db", "basic_auth.db")  # MLflow's, in its folder
-CONTENTS = (*FOLDERS, *FILES, SETTINGS_FILE, SETTINGS_COPY, "after-run")
+AFTER_RUN = "after-run"  # what `make reset` brings back
+CONTENTS = (*FOLDERS, *FILES, SETTINGS_FILE, SETTINGS_COPY, AFTER_RUN)
 CERTIFICATE_YEARS = 10
 # With which MLflow keeps users apart. A route of its API for which it has no rule is then closed too.
 SHARED_MLFLOW = {"MLFLOW_ENABLE_WORKSPACES": "true", "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true"}
@@ -242,8 +243,9 @@ def choose_ports(
     for name in INNER_PORTS:
         port = _kept_port(previous, name)
         # A file that a stranger put in the socket's place would stop SeaweedFS.
-        kept = port and is_free(port) and not ("GRPC" in name and _grpc_socket(name, str(port)).exists())
-        ports[name] = str(port if kept else free_port(avoid=ports.values()))
+        while not port or not is_free(port) or ("GRPC" in name and _grpc_socket(name, str(port)).exists()):
+            port = free_port(avoid=ports.values())
+        ports[name] = str(port)
     return ports
 
 
