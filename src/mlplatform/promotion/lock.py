@@ -64,18 +64,18 @@ class Lock:
         body = json.dumps({"holder": holder, "lease_s": LEASE_S, "nonce": uuid4().hex}).encode()
         condition: dict[str, Any] = {"IfMatch": self.etag} if self.etag else {"IfNoneMatch": "*"}
         try:
-            answer = self.client.put_object(Bucket=ARTIFACTS_BUCKET, Key=self.key, Body=body, **condition)
+            self.etag = self.client.put_object(Bucket=ARTIFACTS_BUCKET, Key=self.key, Body=body, **condition)["ETag"]
         except botocore.exceptions.ClientError as error:
             if error.response["Error"]["Code"] not in _CHANGED:
                 raise
             # A write whose answer was lost is repeated by the client, and then refused: it was done all the same.
             try:
-                answer = self.client.get_object(Bucket=ARTIFACTS_BUCKET, Key=self.key)
+                found = self.client.get_object(Bucket=ARTIFACTS_BUCKET, Key=self.key)
             except self.client.exceptions.NoSuchKey:
                 return False
-            if answer["Body"].read() != body:
+            if found["Body"].read() != body:
                 return False
-        self.etag = answer["ETag"]
+            self.etag = found["ETag"]
         return True
 
 
