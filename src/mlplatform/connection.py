@@ -15,6 +15,7 @@ from mlplatform.clients.sharing import name_buckets
 from mlplatform.clients.waiting import limit_waiting, s3_limits
 from mlplatform.errors import ServiceDownError, credentials_refused, service_down
 from mlplatform.settings import (
+    CONNECT_TIMEOUT_S,
     Settings,
     find_settings,
     missing_variables,
@@ -72,12 +73,11 @@ def _supervisor_was_killed(state: Path) -> bool:
     return False
 
 
-def check_services(settings: Settings, *, timeout_s: float = 3.0) -> None:
+def check_services(settings: Settings) -> None:
     """Send each service one request that needs the credentials, all at the same time.
 
     Args:
         settings: The platform to ask.
-        timeout_s: How long a service may take, in seconds.
 
     Raises:
         ServiceDownError: One does not answer.
@@ -88,7 +88,7 @@ def check_services(settings: Settings, *, timeout_s: float = 3.0) -> None:
         import_module(library)
     probes: tuple[Callable[[Settings, float], None], ...] = (probe_object_store, probe_online_store, probe_mlflow)
     with ThreadPoolExecutor(len(probes)) as pool:
-        for result in [pool.submit(probe, settings, timeout_s) for probe in probes]:
+        for result in [pool.submit(probe, settings, CONNECT_TIMEOUT_S) for probe in probes]:
             result.result()
 
 
@@ -125,7 +125,7 @@ def probe_object_store(settings: Settings, timeout_s: float) -> None:
     import botocore.exceptions
     from botocore.config import Config
 
-    from mlplatform.storage.refusals import CLOCK_CODES, clocks_differ
+    from mlplatform.storage.refusals import CLOCK_CODES, REFUSED_CODES, clocks_differ
 
     config = Config(connect_timeout=timeout_s, read_timeout=timeout_s, retries={"total_max_attempts": 1})
     client = s3_client(settings, config=config)
@@ -135,7 +135,7 @@ def probe_object_store(settings: Settings, timeout_s: float) -> None:
         code = error.response["Error"]["Code"]
         if code in CLOCK_CODES:
             raise clocks_differ(settings.s3_endpoint, error) from error
-        if code in {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
+        if code in REFUSED_CODES:
             raise credentials_refused("object store", settings.s3_endpoint, "AWS_ACCESS_KEY_ID") from error
         raise service_down("object store", settings.s3_endpoint) from error
     except botocore.exceptions.BotoCoreError as error:

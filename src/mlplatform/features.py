@@ -251,9 +251,9 @@ def _resolve(store: FeatureStore, features: str | Sequence[str] | None) -> Featu
     return list(features)
 
 
-def _retry_lost_races(act: Callable[[], None], *, attempts: int = 3) -> None:
+def _retry_lost_races(act: Callable[[], None]) -> None:
     """Do again, on the registry as it is now, what another command's change of the same object prevented."""
-    for _ in range(attempts - 1):
+    for _ in range(2):
         with contextlib.suppress(LostRaceError):
             return act()
     return act()

@@ -61,23 +61,22 @@ class DataSet(NamedTuple):
     uri: str
 
 
-def write_datasets(
-    train: pd.DataFrame, test: pd.DataFrame, reference: pd.DataFrame, *, bucket: str = DATASETS_BUCKET
-) -> list[PandasDataset]:
+def write_datasets(train: pd.DataFrame, test: pd.DataFrame, reference: pd.DataFrame) -> list[PandasDataset]:
     """Call `mlflow.data.from_pandas` for three frames after storing each under a name that holds its digest.
+
+    They go to `s3://mlflow-datasets/<table>/<context>-<digest>.parquet`.
 
     Args:
         train: The rows to fit on.
         test: The rows held back.
         reference: All rows, which later data is compared with.
-        bucket: Where they go, each as `s3://<bucket>/<table>/<context>-<digest>.parquet`.
 
     Returns:
         MLflow's description of each, in the order of `CONTEXTS`, with the `s3://` address as its source.
     """
     said, described = table.current(), []
     for context, frame in zip(CONTEXTS, (train, test, reference), strict=True):
-        uri = objectstore.write_frame(frame, f"s3://{bucket}/{said.name}/{context}.parquet")
+        uri = objectstore.write_frame(frame, f"s3://{DATASETS_BUCKET}/{said.name}/{context}.parquet")
         dataset = from_pandas(frame, source=uri, targets=said.target.column, name=f"{said.name}-{context}")
         # By itself MLflow reads every value of every row to find that it is text, which takes a second.
         dataset.schema = mlflow.models.infer_signature(frame.head()).inputs
@@ -188,8 +187,6 @@ def data_sets(run: Run) -> list[DataSet]:
     ]
 
 
-def model_uri(name: str, *, version: int | str | None = None, alias: str | None = None) -> str:
-    """Build the address of a model: of a registered one by version or alias, or of a logged one by its id alone."""
-    if alias is not None:
-        return f"models:/{name}@{alias}"
+def model_uri(name: str, *, version: int | str | None = None) -> str:
+    """Build the address of a model: of a registered one by its version, or of a logged one by its id alone."""
     return f"models:/{name}" if version is None else f"models:/{name}/{version}"

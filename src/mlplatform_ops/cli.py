@@ -719,15 +719,16 @@ def _parameters(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[st
     """Read `NOTEBOOK:NAME=VALUE`; a value is read as YAML, as papermill's own command does."""
     import yaml
 
+    from mlplatform_ops.runner import complete
+
     parameters: dict[str, dict[str, object]] = {}
     for entry in given:
         notebook, colon, assignment = entry.partition(":")
         name, equals, value = assignment.partition("=")
-        fitting = [known for known in names if known.startswith(notebook)]
-        if not colon or not equals or len(fitting) != 1:
+        if not colon or not equals:
             raise NotebookError(f"-p {entry!r} is not NOTEBOOK:NAME=VALUE for one of: {', '.join(names)}")
         try:
-            parameters.setdefault(fitting[0], {})[name] = yaml.safe_load(value)
+            parameters.setdefault(complete(notebook, names), {})[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise NotebookError(
                 f"-p {entry!r}: {value!r} is not YAML; a text with such signs stands in quotes, as {name}='\"...\"'"

@@ -24,15 +24,14 @@ from mlplatform.feast_plugins.distributed import dask_setup
 
 
 @contextmanager
-def dask_cluster(workers: int = 2, *, memory_bytes: int | None = None) -> Iterator[Any]:
+def dask_cluster(workers: int = 2) -> Iterator[Any]:
     """Start a scheduler and workers, and name them in this process's environment.
 
     They listen on this machine only and talk to nobody who has no certificate of theirs: whoever reaches a scheduler
     runs code on it. There is no dashboard. Workers inherit the environment, where they find the platform.
 
     Args:
-        workers: How many processes, of one thread each.
-        memory_bytes: What each may use; the machine's divided among them by default.
+        workers: How many processes, of one thread each, among which the machine's memory is divided.
 
     Raises:
         NotebookError: Dask is not installed.
@@ -64,7 +63,6 @@ def dask_cluster(workers: int = 2, *, memory_bytes: int | None = None) -> Iterat
             with LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,
-                memory_limit=memory_bytes or "auto",
                 host=HOST,
                 protocol="tls://",
                 security=Security(require_encryption=True),

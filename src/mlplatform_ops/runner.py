@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -156,7 +156,7 @@ def select(notebooks: Iterable[Path], names: Iterable[str]) -> list[Path]:
         NotebookError: A name fits no notebook, or several.
     """
     known = {path.stem: path for path in notebooks}
-    wanted = [_complete(name, known) for name in names] or list(known)
+    wanted = [complete(name, known) for name in names] or list(known)
     chosen: set[str] = set()
     while wanted:
         name = wanted.pop()
@@ -414,7 +414,12 @@ def _unfinished_cell(executed: Path) -> str:
     return name
 
 
-def _complete(name: str, known: Mapping[str, Path]) -> str:
+def complete(name: str, known: Collection[str]) -> str:
+    """Find the notebook that a name or a unique beginning of one means.
+
+    Raises:
+        NotebookError: It fits none, or several.
+    """
     matches = [stem for stem in known if stem == name.removesuffix(".ipynb")] or [
         stem for stem in known if stem.startswith(name)
     ]

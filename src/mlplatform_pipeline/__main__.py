@@ -81,7 +81,7 @@ def retrain(
     *,
     alias: str = "champion",
     seed: int = 42,
-    model: str = "income-above-50k",
+    model: str | None = None,
     engine: EngineName = "local",
 ) -> None:
     """Train again here on a window of labelled rows, and ask the gate; prints MLflow's run.
@@ -90,17 +90,18 @@ def retrain(
         data: S3 address of the eight columns and the target.
         alias: Whose estimator is used.
         seed: Of the split.
-        model: The registered model.
+        model: The registered model, by default the table's.
         engine: Who fits; dask is the cluster that DASK_SCHEDULER_ADDRESS names.
     """
     _installed()
     scheduler_of(engine)
-    from mlplatform import connect
+    from mlplatform import connect, table
     from mlplatform_pipeline import local, retraining, steps
 
     connect()
     steps.ready()
-    arguments = {"data_uri": data, "alias": alias, "seed": seed, "model": model, "engine": engine}
+    arguments = {"data_uri": data, "alias": alias, "seed": seed, "engine": engine}
+    arguments["model"] = model or table.current().model
     done = local.run(retraining.retraining, arguments, find_root() / "build" / "pipeline", notify=_say)
     _say(str(done.outputs["decision"]))
     print(done.outputs["run_id"])

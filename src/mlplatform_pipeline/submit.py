@@ -16,7 +16,6 @@ from mlplatform_pipeline.retraining import retraining
 
 PIPELINES = {"batch": batch, "retraining": retraining}
 EXPERIMENT = "mlplatform"
-HOST_VARIABLE = "KFP_HOST"
 TIMEOUT_S = 10
 
 

@@ -34,16 +34,12 @@ class Gate:
         app: BentoML's application.
         problem: Says why no model answers yet; empty when one does.
         tokens: What a request for a prediction carries one of, as `Authorization: Bearer <token>`; empty for nothing.
-        limit_bytes: The largest body that is read.
     """
 
-    def __init__(
-        self, app: App, problem: Callable[[], str], *, tokens: Sequence[str] = (), limit_bytes: int = LIMIT_BYTES
-    ) -> None:
+    def __init__(self, app: App, problem: Callable[[], str], *, tokens: Sequence[str] = ()) -> None:
         self._app = app
         self._problem = problem
         self._expected = [f"Bearer {token}".encode() for token in tokens]
-        self._limit_bytes = limit_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or pass on the server's start and end."""
@@ -90,20 +86,20 @@ class Gate:
             return
         body = await self._body(headers.get(b"content-length", b"0"), receive)
         if body is None:
-            await explain(send, 413, f"the body is larger than {self._limit_bytes} bytes; ask in several requests")
+            await explain(send, 413, f"the body is larger than {LIMIT_BYTES} bytes; ask in several requests")
             return
         await self._app(scope, _replay(body, receive), send)
 
     async def _body(self, declared: bytes, receive: Receive) -> bytes | None:
         """Read a body, and stop at the limit: none for a larger one, of which nothing is read if it says its size."""
-        if not declared.isdigit() or int(declared) > self._limit_bytes:
+        if not declared.isdigit() or int(declared) > LIMIT_BYTES:
             return None
         body = bytearray()
         more = True
         while more:
             message = await receive()
             body += message.get("body", b"")
-            if len(body) > self._limit_bytes:
+            if len(body) > LIMIT_BYTES:
                 return None
             more = message["type"] == "http.request" and message.get("more_body", False)
         return bytes(body)

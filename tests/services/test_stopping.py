@@ -21,6 +21,7 @@ from small_disk import Disk, small_disk
 from mlplatform.settings import Settings
 from mlplatform_ops.embedded import after_run
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
+from mlplatform_ops.embedded.services import AFTER_RUN
 from mlplatform_ops.mlflow_rest import RUN_TAG
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +150,7 @@ def test_two_runs_at_once_write_to_two_folders(clone: Path, start: Start) -> Non
 def test_only_a_complete_run_that_succeeded_keeps_its_state_for_reset(
     clone: Path, start: Start, embedded: EmbeddedPlatform, platform: Settings
 ) -> None:
-    shutil.rmtree(embedded.state / after_run.FOLDER, ignore_errors=True)
+    shutil.rmtree(embedded.state / AFTER_RUN, ignore_errors=True)
     record = "from mlplatform import results; results.record(done=True)"
     write(clone, "01_ends", record)
     write(clone, "02_fails", "1 / 0")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
-from feast import BatchFeatureView, FeatureView, FileSource, RepoConfig, StreamFeatureView, ValueType
+from feast import FeatureView, FileSource, RepoConfig, ValueType
 from feast.infra.common.materialization_job import MaterializationJobStatus, MaterializationTask
 from feast.infra.compute_engines.local.compute import LocalComputeEngine, LocalComputeEngineConfig
 from feast.infra.compute_engines.local.job import LocalMaterializationJob
@@ -181,7 +181,6 @@ def is_plain(view: FeatureView, config: RepoConfig, offline: Any, online: Any) -
         and not settings.skip_dedup
         and settings.key_ttl_seconds is None
         and type(view) is FeatureView
-        and not isinstance(view, (BatchFeatureView, StreamFeatureView))
         and isinstance(view.batch_source, FileSource)
         and not view.source_views
         and not getattr(view, "feature_transformation", None)

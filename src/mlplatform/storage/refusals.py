@@ -14,7 +14,7 @@ from mlplatform.errors import CredentialsError, DataError, MissingObjectError, S
 # What is answered to a request that was signed at another time than the store's own; minutes are forgiven.
 CLOCK_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
 
-_REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403"}
+REFUSED_CODES = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403"})
 _ABSENT = {"NoSuchKey", "404"}
 
 
@@ -37,7 +37,7 @@ def s3_errors(uri: str) -> Iterator[None]:
         code = error.response["Error"]["Code"]
         if code in CLOCK_CODES:
             raise clocks_differ(uri, error) from error
-        if code in _REFUSED:
+        if code in REFUSED_CODES:
             raise CredentialsError(
                 f"the object store refuses the credentials for {uri}; check AWS_ACCESS_KEY_ID, or run 'make env' again"
             ) from error

@@ -22,9 +22,8 @@ from mlplatform.connection import s3_client
 from mlplatform.errors import MissingObjectError, SettingsError
 from mlplatform.settings import Settings
 from mlplatform_ops.backup import bucket_names, copy_sqlite, put_back, save
+from mlplatform_ops.embedded.services import AFTER_RUN, DATABASES
 
-FOLDER = "after-run"
-DATABASES = ("mlflow.db", "basic_auth.db")
 ONLINE = "online.db"
 # Keys of the online store in one round trip.
 AT_ONCE = 2000
@@ -32,7 +31,7 @@ AT_ONCE = 2000
 
 def is_kept(state: Path) -> bool:
     """Say whether a complete run has left a copy."""
-    return (state / FOLDER / "copy").is_dir()
+    return (state / AFTER_RUN / "copy").is_dir()
 
 
 def keep(state: Path, settings: Settings) -> None:
@@ -42,7 +41,7 @@ def keep(state: Path, settings: Settings) -> None:
         state: The platform's state folder.
         settings: The platform, which runs.
     """
-    folder = state / FOLDER
+    folder = state / AFTER_RUN
     folder.mkdir(mode=0o700, exist_ok=True)
     store = s3_client(settings)
     with FileLock(folder / "lock"):
@@ -96,7 +95,7 @@ def find_copy(state: Path) -> Path:
     """
     if not is_kept(state):
         raise MissingObjectError(f"no complete run is kept in {state}; run 'make run' first")
-    return state / FOLDER / "copy"
+    return state / AFTER_RUN / "copy"
 
 
 def _entries(client: redis.Redis) -> Iterator[tuple[bytes, int, bytes]]:

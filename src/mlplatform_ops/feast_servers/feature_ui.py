@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from starlette.routing import Route
@@ -26,12 +26,11 @@ REFRESH = "/api/v1/registry/refresh"
 REFUSAL = "this UI only shows; change feature_repo/features.py and run 'make features'"
 
 
-def create_app(repo: Path | None = None, *, environ: Mapping[str, str] = os.environ) -> AllowList:
+def create_app(repo: Path | None = None) -> AllowList:
     """Make the UI for a feature repository.
 
     Args:
         repo: The folder of `feature_store.yaml`, by default that of the clone around the working directory.
-        environ: Where the user and the password are looked up that the object store's pages ask for.
 
     Raises:
         RegistryError: There is no registry yet.
@@ -42,7 +41,7 @@ def create_app(repo: Path | None = None, *, environ: Mapping[str, str] = os.envi
     from mlplatform.features import open_store
 
     store = open_store(repo)
-    user, password = (environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
     return look_only(get_app(store, store.project), object_routes(s3_client, user=user, password=password))
 
 

@@ -60,13 +60,9 @@ class Traffic:
         """How many questions were answered so far, or failed."""
         return len(self._rows)
 
-    def frame(self, since: int = 0) -> pd.DataFrame:
-        """Give the record as a table, oldest answer first: `COLUMNS`; the status 0 means that no answer came.
-
-        Args:
-            since: Leave out this many of the first answers.
-        """
-        return pd.DataFrame(self._rows[since:], columns=list(COLUMNS))
+    def frame(self) -> pd.DataFrame:
+        """Give the record as a table, oldest answer first: `COLUMNS`; the status 0 means that no answer came."""
+        return pd.DataFrame(self._rows, columns=list(COLUMNS))
 
     def wait_for(self, version: int, *, users: Sequence[str] | None = None, timeout_s: float = 300.0) -> float:
         """Wait until a version answered everybody who was asked for in the last round; give the seconds.
