@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import mlflow
 import pandas as pd
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
 from mlflow.types import DataType
 from sklearn.pipeline import Pipeline
@@ -168,6 +169,26 @@ def decisions(*, name: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(sorted(rows), columns=["time", "version", "event"])
 
 
+def require(alias: str = CHAMPION, *, name: str | None = None) -> ModelVersion:
+    """Find the version that holds an alias; unlike `find`, say what to run if there is none.
+
+    An alias can move at any time. Who needs to know which version was loaded calls this once, and `load_version` with
+    what it gave.
+
+    Args:
+        alias: The alias.
+        name: The registered model, by default the table's.
+
+    Raises:
+        RegistryError: There is no such model or alias.
+    """
+    name = name or table.current().model
+    version = find(alias, name=name)
+    if version is None:
+        raise RegistryError(f"no alias {alias!r} on {name!r}; run notebook 04_register_model, or 'make run'")
+    return version
+
+
 def load_model(alias: str = CHAMPION, *, name: str | None = None, kinds: Mapping[str, str] | None = None) -> Pipeline:
     """Load the version that holds an alias; unlike `mlflow.sklearn.load_model`, verify its files before reading them.
 
@@ -183,10 +204,24 @@ def load_model(alias: str = CHAMPION, *, name: str | None = None, kinds: Mapping
         RegistryError: There is no such model or alias, or its model takes other columns.
         UntrustedModelError: The files are not those that were signed when the version was promoted.
     """
-    name, kinds = name or table.current().model, kinds or table.current().kinds
-    version = find(alias, name=name)
-    if version is None:
-        raise RegistryError(f"no alias {alias!r} on {name!r}; run notebook 04_register_model, or 'make run'")
+    return load_version(require(alias, name=name), kinds=kinds)
+
+
+def load_version(version: ModelVersion, *, kinds: Mapping[str, str] | None = None) -> Pipeline:
+    """Load this version, whatever the alias says by now; its files are verified before one of them is read.
+
+    Args:
+        version: What `require` or MLflow's client gave.
+        kinds: The raw columns that the caller will send, and their kinds; by default those of the table.
+
+    Returns:
+        The fitted pipeline; `modeling.probabilities` applies it.
+
+    Raises:
+        RegistryError: Its model takes other columns.
+        UntrustedModelError: The files are not those that were signed when the version was promoted.
+    """
+    kinds = kinds or table.current().kinds
     with mlflow_errors(), TemporaryDirectory() as folder:
         files = signing.fetch_verified(version, Path(folder))
         _check_columns(Model.load(str(files)), kinds, label=signing.label(version))

@@ -142,7 +142,7 @@ def read_people(people_uri: str, alias: str) -> Batch:
         RegistryError: No version holds the alias, or nothing is registered with the feature store.
     """
     people = check_people(objectstore.read_frame(people_uri), people_uri)
-    version = drift_watch.champion(alias)
+    version = registry.require(alias)
     return Batch(len(people), _features_digest(), str(version.version))
 
 
@@ -219,13 +219,13 @@ def score_rows(features: str | pd.DataFrame, model: Pipeline, rows: range) -> ND
 
 
 def _load_model(alias: str, model_version: str) -> Pipeline:
-    model = registry.load_model(alias)
-    holder = drift_watch.champion(alias).version
-    if str(holder) != model_version:
+    holder = registry.require(alias)
+    if str(holder.version) != model_version:
         raise RegistryError(
-            f"{alias!r} moved from version {model_version} to {holder} while the batch ran; run it again for one model"
+            f"{alias!r} moved from version {model_version} to {holder.version} while the batch ran; "
+            "run it again for one model"
         )
-    return model
+    return registry.load_version(holder)
 
 
 def collect(people_uri: str, features_uri: str, features_digest: str, model_version: str, parts: Sequence[str]) -> str:
@@ -345,7 +345,8 @@ def train(data_uri: str, alias: str, seed: int, model: str | None = None, engine
     """
     model = model or table.current().model
     frame = income.check_income(objectstore.read_frame(data_uri), name=data_uri)
-    champion, holder = registry.load_model(alias, name=model), drift_watch.champion(alias, name=model)
+    holder = registry.require(alias, name=model)
+    champion = registry.load_version(holder)
     training, testing = income.split(frame, seed=seed)
     datasets = tracking.write_datasets(training, testing, frame)
     mlflow.set_experiment(RETRAINING_EXPERIMENT)
@@ -387,4 +388,4 @@ def serving_version(alias: str, model: str) -> str:
     Raises:
         RegistryError: No version holds it.
     """
-    return str(drift_watch.champion(alias, name=model).version)
+    return str(registry.require(alias, name=model).version)

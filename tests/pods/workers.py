@@ -158,12 +158,11 @@ import json
 import mlflow
 import pandas as pd
 
-from mlplatform import income, objectstore
-from mlplatform.monitoring import drift_watch
+from mlplatform import income, objectstore, registry
 from mlplatform_pipeline import steps
 
 steps.ready()
-holder = drift_watch.champion("champion")
+holder = registry.require()
 people = income.read_income()
 data = objectstore.write_frame(people, "s3://mlflow-datasets/window/window.parquet")
 asked = people.assign(user_id=[str(place) for place in people.index], event_timestamp=pd.Timestamp(0, tz="UTC"))

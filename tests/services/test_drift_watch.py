@@ -14,12 +14,15 @@ import pandas as pd
 import pytest
 import yaml
 from evaluations import log_evaluation
+from mlflow.entities.model_registry import ModelVersion
 from sklearn.linear_model import LogisticRegression
+from sklearn.tree import DecisionTreeClassifier
 
 from mlplatform import income, modeling, objectstore, registry, tracking
 from mlplatform.connection import s3_client
 from mlplatform.errors import DataError, MissingObjectError, PlatformError, RegistryError, UntrustedModelError
 from mlplatform.monitoring import drift_watch
+from mlplatform.promotion import alias
 from mlplatform.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -97,10 +100,44 @@ def test_labels_that_say_the_opposite_of_the_model_raise_the_alarm(champion: str
     assert not fallen.columns.alarm
 
 
+def test_an_alias_that_moves_while_a_batch_is_judged_mixes_no_versions(
+    champion: str, frame: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, rows = mlflow.MlflowClient(), frame.sample(1_000, random_state=3, ignore_index=True)
+    first = registry.require(name=champion).version
+    mlflow.set_experiment(f"test-{uuid4()}")
+    datasets = tracking.write_datasets(*income.split(frame, seed=42), frame)
+    run = tracking.fit_and_log("stump", DecisionTreeClassifier(max_depth=1), datasets)
+    other = str(registry.register(run.run_id, name=champion))
+    alias.sign(client.get_model_version(champion, other))
+    read = drift_watch.read_context
+
+    def move_and_read(version: ModelVersion, context: str) -> tuple[str, pd.DataFrame]:
+        client.set_registered_model_alias(champion, registry.CHAMPION, other)
+        return read(version, context)
+
+    def watch() -> drift_watch.Watched:
+        truth = modeling.labels(rows).tolist()
+        return drift_watch.watch(rows, source="moving", truth=truth, report=False, name=champion)
+
+    try:
+        before = watch()
+        with monkeypatch.context() as patch:
+            patch.setattr(drift_watch, "read_context", move_and_read)
+            meanwhile = watch()
+        after = watch()
+    finally:
+        client.set_registered_model_alias(champion, registry.CHAMPION, first)
+        client.delete_model_version(champion, other)
+    assert (before.version, meanwhile.version, after.version) == (int(first), int(first), int(other))
+    assert before.performance == meanwhile.performance != after.performance
+    assert mlflow.get_run(meanwhile.run_id).data.params["model_version"] == first
+
+
 def test_a_reference_that_is_gone_is_named_with_what_brings_it_back(
     champion: str, batch: pd.DataFrame, frame: pd.DataFrame
 ) -> None:
-    uri, reference = drift_watch.read_context(drift_watch.champion(name=champion), "reference")
+    uri, reference = drift_watch.read_context(registry.require(name=champion), "reference")
     bucket, key = objectstore.split_uri(uri)
     s3_client().delete_object(Bucket=bucket, Key=key)
     try:
@@ -116,7 +153,7 @@ def test_without_a_champion_the_message_says_who_makes_one(platform: Settings, b
 
 
 def test_a_champion_that_nobody_signed_is_not_asked_and_leaves_no_run(champion: str, batch: pd.DataFrame) -> None:
-    run_id = str(drift_watch.champion(name=champion).run_id)
+    run_id = str(registry.require(name=champion).run_id)
     unsigned = f"test-{uuid4()}"
     version = registry.register(run_id, name=unsigned)
     client = mlflow.MlflowClient()

@@ -70,19 +70,6 @@ class Watched:
         return "\n".join([*lines, f"performance: {self.performance}"] if self.performance else lines)
 
 
-def champion(alias: str = registry.CHAMPION, *, name: str | None = None) -> ModelVersion:
-    """Find the version whose training data is the reference.
-
-    Raises:
-        RegistryError: No version holds the alias.
-    """
-    name = name or table.current().model
-    version = registry.find(alias, name=name)
-    if version is None:
-        raise RegistryError(f"no alias {alias!r} on {name!r}; run notebook 04_register_model, or 'make run'")
-    return version
-
-
 def read_context(version: ModelVersion, context: str) -> tuple[str, pd.DataFrame]:
     """Read a data set that a version's training run logged.
 
@@ -192,6 +179,8 @@ def watch(
 ) -> Watched:
     """Compare a batch with the data of the champion's run and log what was found.
 
+    The alias is looked up once: reference, scores and record are of one version, even if it moves meanwhile.
+
     Args:
         batch: The raw columns; others are ignored.
         source: Where the batch came from, for the record.
@@ -201,18 +190,19 @@ def watch(
         name: The registered model, by default the table's.
 
     Raises:
-        RegistryError: There is no champion, or its run logged no reference.
+        RegistryError: There is no champion, it takes other columns, or its run logged no reference.
+        UntrustedModelError: Its files are not those that were signed when it was promoted.
         MissingObjectError: The reference is gone.
         DataError: The batch is empty or lacks a column.
         PlatformError: A report was asked for and Evidently is not installed.
     """
-    version = champion(alias, name=name)
+    version = registry.require(alias, name=name)
     checked = drift.check_columns(batch)
     if report:
         _evidently()
     uri, reference = read_context(version, "reference")
     columns = drift.compare(Reference.of(reference), checked)
-    model = registry.load_model(alias, name=name)
+    model = registry.load_version(version)
     scores = _score(model, checked)
     verdict = drift.compare_scores(_score(model, reference), scores)
     performance = None

@@ -140,23 +140,17 @@ def _probe_rows(reference: pd.DataFrame) -> list[list[str | float]]:
 
 
 def load(alias: str = CHAMPION, *, name: str | None = None) -> ServedModel:
-    """Load the version that holds an alias by `registry.load_model`, with all checks of it, and compile it.
+    """Load the version that holds an alias, with all checks of `registry.load_version`, and compile it.
 
     Raises:
-        RegistryError: As in `registry.load_model`; or the alias moved again and again meanwhile.
+        RegistryError: As in `registry.load_model`; or its run logged no reference rows.
+        UntrustedModelError: As in `registry.load_model`.
         MissingObjectError: The reference rows that the version's run logged are gone.
     """
-    name = name or table.current().model
-    for _ in range(3):
-        before = registry.find(alias, name=name)
-        pipeline = registry.load_model(alias, name=name)
-        after = registry.find(alias, name=name)
-        # `load_model` does not say which version it loaded.
-        if before is not None and after is not None and before.version == after.version:
-            reference = _reference(str(after.run_id))
-            score, compiled, remark = compile_model(pipeline, reference)
-            return ServedModel(name, int(after.version), table.current().service, score, compiled, remark)
-    raise RegistryError(f"alias {alias!r} of {name!r} moves faster than a version loads; wait, and try again")
+    version = registry.require(alias, name=name)
+    pipeline = registry.load_version(version)
+    score, compiled, remark = compile_model(pipeline, _reference(str(version.run_id)))
+    return ServedModel(version.name, int(version.version), table.current().service, score, compiled, remark)
 
 
 def _reference(run_id: str) -> pd.DataFrame:

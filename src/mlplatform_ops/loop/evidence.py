@@ -9,14 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
 import numpy as np
 import pandas as pd
-from sklearn.pipeline import Pipeline
 
 from mlplatform import modeling, objectstore, registry, tracking
 from mlplatform.monitoring import drift_watch
@@ -143,7 +140,7 @@ def model(record: Record, name: str) -> dict[str, Any]:
     run = mlflow.get_run(str(version.run_id))
     data = {entry.context: entry for entry in tracking.data_sets(run) if entry.context in tracking.CONTEXTS}
     frames = {context: objectstore.read_frame(entry.uri) for context, entry in data.items()}
-    fitted = load(record, name)
+    fitted = registry.load_version(version)
     test = frames["testing"]
     probability = modeling.probabilities(fitted, test)
     return {
@@ -178,12 +175,6 @@ def decision(record: Record, name: str, against: str) -> dict[str, Any]:
         "worst_group": mine.worst_group,
         "broken": gate.check(mine, theirs)[0],
     }
-
-
-def load(record: Record, name: str) -> Pipeline:
-    """Load one version of the loop, verified."""
-    with TemporaryDirectory() as folder:
-        return signing.load(signing.fetch_verified(_version(record, name), Path(folder)))
 
 
 def _version(record: Record, name: str) -> Any:

@@ -103,7 +103,7 @@ class _Loop:
     def __init__(self, seed: int, command: Callable[[Sequence[str]], int], sizes: Sizes, notify: Notify) -> None:
         self.command, self.sizes, self.notify, self.seed = command, sizes, notify, seed
         table.current().only_census("make loop")
-        self.origin = drift_watch.champion()
+        self.origin = registry.require()
         self.name = f"income-loop-{datetime.now(UTC):%Y%m%dT%H%M%S}-{seed}"
         self.folder = f"{FOLDER}/{self.name}"
         frame = income.read_income()
