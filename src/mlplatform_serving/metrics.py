@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mlplatform.serving.predictor import Prediction, Predictor
-from mlplatform.serving.served_model import ServedModel
 
 _DAY_S = 86_400.0
 
@@ -24,7 +23,7 @@ SECONDS = Histogram(
 )
 PREDICTIONS = Counter("endpoint_predictions", "Scores given, by version of the model", ("version",), registry=REGISTRY)
 UNKNOWN = Counter("endpoint_unknown_users", "Users of whom the online store holds nothing", registry=REGISTRY)
-MODEL = Gauge("endpoint_model_version", "Version of the model that holds the alias; 0 for none", registry=REGISTRY)
+MODEL = Gauge("endpoint_model_version", "Version of the champion that is loaded; 0 for none", registry=REGISTRY)
 AGE = Histogram(
     "endpoint_feature_age_seconds",
     "Age of the oldest online feature used for a score, in seconds",
@@ -36,20 +35,20 @@ AGE = Histogram(
 COMPARED = Gauge("endpoint_shadow_compared", "Scores of the challenger held against the champion's", registry=REGISTRY)
 DIFFERENCE = Gauge("endpoint_shadow_difference", "Greatest difference between the two", registry=REGISTRY)
 NOT_MIRRORED = Gauge("endpoint_shadow_skipped", "Requests that the challenger was too slow for", registry=REGISTRY)
-NOT_LOGGED = Gauge("endpoint_log_dropped", "Rows that the log had no room for", registry=REGISTRY)
+NOT_LOGGED = Gauge("endpoint_log_dropped", "Rows that the log or the shadow's had no room for", registry=REGISTRY)
 
 
 def follow(predictor: Predictor) -> None:
-    """Let the figures of the shadow and of the log be read when somebody asks."""
+    """Let the figures of the model, of the shadow and of the logs be read when somebody asks."""
+    MODEL.set_function(lambda: predictor.version)
     COMPARED.set_function(lambda: predictor.compared)
     DIFFERENCE.set_function(lambda: predictor.greatest_difference)
     NOT_MIRRORED.set_function(lambda: predictor.not_mirrored)
     NOT_LOGGED.set_function(lambda: predictor.not_logged)
 
 
-def count(model: ServedModel, predictions: Sequence[Prediction]) -> None:
+def count(predictions: Sequence[Prediction]) -> None:
     """Count what one request was answered."""
-    MODEL.set(model.version)
     now = time.time()
     for prediction in predictions:
         if prediction.score is None:

@@ -91,7 +91,7 @@ class IncomeEndpoint:
             model, predictions = ask()
         except PlatformError as error:
             return JSONResponse({"detail": str(error)}, 503)
-        metrics.count(model, predictions)
+        metrics.count(predictions)
         return _encode(model, predictions)
 
 

@@ -22,6 +22,7 @@ from mlplatform import income, modeling, objectstore
 from mlplatform.errors import ServiceDownError
 from mlplatform.serving import endpoint_log, online_reader
 from mlplatform.serving.endpoint_log import EndpointLog
+from mlplatform_serving import metrics
 
 CSV = Path(__file__).parents[2] / "data" / "income_data.csv"
 
@@ -260,6 +261,14 @@ def test_in_the_shadow_no_answer_changes_and_both_are_logged():
     assert [row[8:12] for row in shadow_log._rows] == [(1, 0.1, 2, 0.2)] * 2
 
 
+def test_rows_that_either_log_has_no_room_for_are_counted():
+    log, shadow_log = EndpointLog(most=2), EndpointLog(columns=endpoint_log.shadowed(), most=1)
+    predictor = predictor_module.Predictor(released("shadow"), Reader, log, shadow_log)  # type: ignore[arg-type]
+    predictor.users(["a", "b", "c"])
+    predictor._compare(*predictor._shadows.get_nowait())
+    assert (log.dropped, shadow_log.dropped, predictor.not_logged) == (1, 2, 3)
+
+
 def test_a_shadow_that_is_slow_holds_no_request_up():
     predictor = predictor_module.Predictor(released("shadow"), Reader)  # type: ignore[arg-type]
     for _ in range(1_003):
@@ -275,6 +284,14 @@ def test_a_canary_answers_its_share_and_nobody_flips():
     assert [entry.version for user in users for entry in predictor.users([user])[1]] == first
     scores = [entry.score for entry in predictor.users(users)[1]]
     assert scores == [version / 10 for version in first]
+
+
+def test_the_page_says_which_version_is_loaded_before_anybody_asks_and_0_while_there_is_none():
+    follower = predictor_module.Follower()
+    metrics.follow(predictor_module.Predictor(follower, lambda: pytest.fail("nobody asks")))
+    for current, said in ((None, 0.0), (constant(3), 3.0), (constant(4), 4.0)):
+        follower.current = current
+        assert f"\nendpoint_model_version {said}\n" in metrics.page().decode()
 
 
 def test_the_log_keeps_no_user_and_drops_what_has_no_room(monkeypatch: pytest.MonkeyPatch):

@@ -161,13 +161,18 @@ class Predictor:
 
     @property
     def not_logged(self) -> int:
-        """How many rows the log had no room for."""
-        return self._log.dropped if self._log is not None else 0
+        """How many rows the log and the shadow's log had no room for."""
+        return sum(log.dropped for log in (self._log, self._shadow_log) if log is not None)
 
     @property
     def problem(self) -> str:
         """Why no model answers yet; empty when one does."""
         return "" if self._follower.current else self._follower.problem or "the model is being loaded"
+
+    @property
+    def version(self) -> int:
+        """The version of the champion that is loaded; 0 while there is none."""
+        return self._follower.current.version if self._follower.current else 0
 
     @property
     def model(self) -> ServedModel:

@@ -105,6 +105,11 @@ def post(url: str, path: str, body: object, **headers: str) -> requests.Response
     return requests.post(f"{url}/{path}", data=raw, headers=given, timeout=20)
 
 
+def figures(url: str) -> dict[str, float]:
+    lines = requests.get(f"{url}/metrics", timeout=20).text.splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+
 def test_people_are_answered_as_the_pipeline_answers(url: str, environ: dict[str, str], name: str):
     frame = income.read_income(ROOT / "data" / "income_data.csv").head(500)
     answer = model_client.predict(frame, environ=environ)
@@ -232,14 +237,10 @@ def test_the_page_that_loads_a_tag_manager_is_not_served(url: str):
 
 
 def test_what_is_counted_is_what_was_asked(url: str):
-    def figures() -> dict[str, float]:
-        lines = requests.get(f"{url}/metrics", timeout=20).text.splitlines()
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
-
-    before = figures()
+    before = figures(url)
     post(url, "predict_users", {"users": [history.STEADY_USER, "a-stranger"]})
     post(url, "predict_users", {"users": 3})
-    after = figures()
+    after = figures(url)
     grown = {key: after[key] - before.get(key, 0) for key in after if after[key] != before.get(key, 0)}
     assert grown['endpoint_requests_total{path="/predict_users",status="200"}'] == 1
     assert grown['endpoint_requests_total{path="/predict_users",status="400"}'] == 1
@@ -299,13 +300,9 @@ def test_a_release_goes_from_shadow_to_canary_to_all_and_back(
     assert set(alone["model_version"]) == {1}
     releases.shadow(2, name=name)
 
-    def compared() -> float:
-        lines = requests.get(f"{url}/metrics", timeout=20).text.splitlines()
-        return next(float(line.split()[1]) for line in lines if line.startswith("endpoint_shadow_compared "))
-
     def mirrored() -> bool:
         pd.testing.assert_frame_equal(model_client.predict_users(users, environ=environ), alone)
-        return compared() >= len(users)
+        return figures(url)["endpoint_shadow_compared"] >= len(users)
 
     _until(mirrored, "the challenger was never asked")
     releases.canary(2, 0.1, name=name)
@@ -322,6 +319,13 @@ def test_a_release_goes_from_shadow_to_canary_to_all_and_back(
     events = registry.decisions(name=name)["event"].tolist()
     assert events[0] == "answers in the shadow of the champion"
     assert "rolled back from version 2: too slow" in events
+
+
+def test_an_endpoint_that_is_ready_says_its_version_before_anybody_asks(name: str):
+    with endpoint(name) as fresh:
+        environ = {"MODEL_ENDPOINT_URL": fresh, "MODEL_ENDPOINT_TOKEN": TOKEN}
+        _until(lambda: model_client.readiness(environ) == "ready", "the endpoint was never ready")
+        assert figures(fresh)["endpoint_model_version"] == releases.read(name=name).champion
 
 
 def test_what_was_asked_is_in_the_object_store_without_the_users(name: str, store: Any, platform: Settings):
@@ -343,6 +347,7 @@ def test_without_a_champion_it_is_alive_not_ready_and_says_why(platform: Setting
     with endpoint("nobody-registered-this") as url:
         assert requests.get(f"{url}/healthz", timeout=20).status_code == 200
         assert requests.get(f"{url}/readyz", timeout=20).status_code == 503
+        assert figures(url)["endpoint_model_version"] == 0
         environ = {"MODEL_ENDPOINT_URL": url, "MODEL_ENDPOINT_TOKEN": TOKEN}
         assert model_client.readiness(environ).startswith("no alias 'champion' on 'nobody-registered-this'; run ")
         with pytest.raises(ServiceDownError, match=r"503 .*no alias 'champion' on .*run 'make run'"):
