@@ -300,7 +300,7 @@ def drift(
     """Compare what the endpoint saw, or a batch, with the champion's training data; status 3 means an alarm.
 
     Args:
-        batch: S3 address of the rows to judge; by default the endpoint's log, or else the newest batch.
+        batch: S3 address of a parquet file to judge; by default the endpoint's log, or else the newest batch.
         days: How far back the endpoint's log is read; all of it by default.
         without_report: Whether to do without Evidently's page, and so without Evidently.
         platform: Where; env is the platform that the environment's variables name.

@@ -150,14 +150,14 @@ def find_batch(uri: str | None = None, *, days: int | None = None) -> tuple[str,
     """Read the batch that is named; by default what the endpoint saw, or else the newest batch that was scored.
 
     Args:
-        uri: A parquet or CSV file in the object store.
+        uri: A parquet file in the object store.
         days: How far back the endpoint's log is read; all of it by default.
 
     Returns:
         Where it came from, and its rows.
 
     Raises:
-        DataError: There is none.
+        DataError: There is none, or the file named is no parquet file.
         MissingObjectError: The file named is not there.
     """
     if uri:
