@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlplatform import income
+from mlplatform import income, objectstore
 from mlplatform.errors import DataError
-from mlplatform.monitoring import drift
+from mlplatform.monitoring import drift, drift_watch
 from mlplatform.monitoring.drift import Reference
 
 CSV = Path(__file__).parents[2] / "data" / "income_data.csv"
@@ -223,6 +223,28 @@ def test_freshness_counts_unknown_and_stale_users() -> None:
     assert found["median_age_days"] == 258
     with pytest.raises(DataError, match="no user was asked about"):
         drift.freshness(moments.head(0), now=pd.Timestamp("2023-09-16", tz="UTC"), ttl=pd.Timedelta(days=365))
+
+
+def test_of_the_endpoints_log_only_files_that_may_hold_newer_rows_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    since = pd.Timestamp("2026-03-02", tz="UTC")
+    hours = {"old": -48, "just too old": -1.1, "by a slow clock": -0.9, "new": 24}
+    written = {f"s3://b/{name}.parquet": since + pd.Timedelta(hours=later) for name, later in hours.items()}
+    fetched: list[str] = []
+
+    def read(uri: str) -> pd.DataFrame:
+        fetched.append(uri)
+        moments = pd.Series([since - pd.Timedelta(hours=1), since + pd.Timedelta(hours=1)])
+        return pd.DataFrame({"Sex": ["Male", "Female"], "event_timestamp": moments})
+
+    listed = pd.DataFrame({"uri": list(written), "size_bytes": 1, "modified": list(written.values())})
+    monkeypatch.setattr(objectstore, "list_objects", lambda _: listed)
+    monkeypatch.setattr(objectstore, "read_frame", read)
+    assert drift_watch.read_endpoint_log("s3://b", since=since)["Sex"].tolist() == ["Female"] * 2
+    assert fetched == ["s3://b/by a slow clock.parquet", "s3://b/new.parquet"]
+    assert len(drift_watch.read_endpoint_log("s3://b")) == 8
+    with pytest.raises(DataError, match="the endpoint logged nothing under s3://b/ since 2026-04-01 00:00"):
+        drift_watch.read_endpoint_log("s3://b", since=pd.Timestamp("2026-04-01", tz="UTC"))
+    assert len(fetched) == 2 + 4
 
 
 def test_the_alarm_needs_neither_evidently_nor_a_server() -> None:

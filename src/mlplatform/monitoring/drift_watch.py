@@ -38,6 +38,7 @@ BATCHES = f"s3://{DATASETS_BUCKET}/batches"
 REPORT = "drift/report.html"
 VERDICT = "drift/verdict.json"
 REPORT_ROWS = 30_000  # of each side; Evidently keeps a copy of what it draws
+CLOCKS_DIFFER = pd.Timedelta(hours=1)  # at most, between an endpoint and the object store
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ def read_endpoint_log(prefix: str = endpoint_log.FOLDER, *, since: pd.Timestamp 
     """
     files = objectstore.list_objects(prefix + "/")
     files = files[files["uri"].str.endswith(".parquet")]
+    if since is not None:
+        # A row is older than its file: an old file has no new row, and is not fetched.
+        files = files[files["modified"] >= since - CLOCKS_DIFFER]
     frames = [objectstore.read_frame(uri) for uri in files["uri"]]
     empty = pd.DataFrame(columns=[*table.current().columns, history.EVENT_TIMESTAMP])
     frame = pd.concat(frames, ignore_index=True) if frames else empty
