@@ -208,9 +208,22 @@ def test_the_area_and_its_error_are_those_of_scikit_learn_and_of_resampling() ->
     assert found.standard_error / np.sqrt(2) == pytest.approx(spread, rel=0.1)
 
 
+@pytest.mark.parametrize("side", [0, 1], ids=["among the rows held back", "in the batch"])
+def test_a_row_without_a_score_is_left_out_and_does_not_silence_the_alarm(side: int) -> None:
+    sides = [labelled(2_000, 0.9, seed=1), labelled(2_000, 0.9, seed=2)]
+    sides[1] = (1 - sides[1][0], sides[1][1])
+    truth, scores = sides[side]
+    without = [*sides]
+    without[side] = (truth[1:], scores[1:])
+    sides[side] = (truth, np.append(np.nan, scores[1:]))
+    found = drift.compare_performance(*sides[0], *sides[1])
+    assert found.alarm
+    assert found == drift.compare_performance(*without[0], *without[1])
+
+
 def test_labels_of_one_kind_are_refused() -> None:
     truth, scores = labelled(100, 0.8, seed=3)
-    with pytest.raises(DataError, match="the batch has 0 positive and 100 negative labels"):
+    with pytest.raises(DataError, match="the batch has 0 positive and 100 negative labels of rows with a score; wait"):
         drift.compare_performance(truth, scores, np.zeros(100, dtype=np.int64), scores)
 
 

@@ -436,13 +436,15 @@ def compare_performance(
 
     Args:
         reference_truth: 0 or 1 for each row held back.
-        reference_scores: The model's probability for each of them.
+        reference_scores: The model's probability for each of them; rows without one (NaN) are left out.
         truth: 0 or 1 for each row of the batch.
-        scores: The model's probability for each of them.
+        scores: The model's probability for each of them; rows without one (NaN) are left out.
 
     Raises:
-        DataError: A side lacks one of the two labels.
+        DataError: A side's rows with a score lack one of the two labels.
     """
+    reference_truth, reference_scores = _with_score(reference_truth, reference_scores)
+    truth, scores = _with_score(truth, scores)
     before, before_variance = _auc(reference_truth, reference_scores, name="the rows held back")
     now, now_variance = _auc(truth, scores, name="the batch")
     error = float(np.sqrt(before_variance + now_variance))
@@ -451,12 +453,19 @@ def compare_performance(
     return Performance(now, before, error, float(np.mean(scores)), float(np.mean(truth)), bool(alarm))
 
 
+def _with_score(truth: NDArray[np.int64], scores: Numbers) -> tuple[NDArray[np.int64], Numbers]:
+    # One NaN among them would make every rank NaN, and the alarm silent.
+    known = ~np.isnan(scores)
+    return truth[known], scores[known]
+
+
 def _auc(truth: NDArray[np.int64], scores: Numbers, *, name: str) -> tuple[float, float]:
     """Give the area and its variance (DeLong et al. 1988, https://doi.org/10.2307/2531595)."""
     positive, negative = scores[truth == 1], scores[truth == 0]
     if len(positive) < 2 or len(negative) < 2:
         raise DataError(
-            f"{name} has {len(positive)} positive and {len(negative)} negative labels; wait for two of each"
+            f"{name} has {len(positive)} positive and {len(negative)} negative labels of rows with a score; "
+            "wait for two of each"
         )
     ranks = stats.rankdata(np.concatenate([positive, negative]))
     above = (ranks[: len(positive)] - stats.rankdata(positive)) / len(negative)
