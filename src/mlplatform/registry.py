@@ -25,6 +25,7 @@ from mlplatform.promotion.alias import HISTORY, TEST_DATA, before, judge, mend, 
 from mlplatform.promotion.alias import PREVIOUS as PREVIOUS
 from mlplatform.promotion.alias import Promotion as Promotion
 from mlplatform.promotion.alias import find as find
+from mlplatform.promotion.alias import require as require
 from mlplatform.settings import CHAMPION as CHAMPION
 from mlplatform.tracking import data_sets, model_uri
 
@@ -167,26 +168,6 @@ def decisions(*, name: str | None = None) -> pd.DataFrame:
         if key.startswith(HISTORY)
     ]
     return pd.DataFrame(sorted(rows), columns=["time", "version", "event"])
-
-
-def require(alias: str = CHAMPION, *, name: str | None = None) -> ModelVersion:
-    """Find the version that holds an alias; unlike `find`, say what to run if there is none.
-
-    An alias can move at any time. Who needs to know which version was loaded calls this once, and `load_version` with
-    what it gave.
-
-    Args:
-        alias: The alias.
-        name: The registered model, by default the table's.
-
-    Raises:
-        RegistryError: There is no such model or alias.
-    """
-    name = name or table.current().model
-    version = find(alias, name=name)
-    if version is None:
-        raise RegistryError(f"no alias {alias!r} on {name!r}; run notebook 04_register_model, or 'make run'")
-    return version
 
 
 def load_model(alias: str = CHAMPION, *, name: str | None = None, kinds: Mapping[str, str] | None = None) -> Pipeline:

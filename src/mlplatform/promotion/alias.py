@@ -51,6 +51,26 @@ def find(alias: str, *, name: str | None = None) -> ModelVersion | None:
         return None if version is None else client.get_model_version(name, version)
 
 
+def require(alias: str = CHAMPION, *, name: str | None = None) -> ModelVersion:
+    """Find the version that holds an alias; unlike `find`, say what to run if there is none.
+
+    An alias can move at any time. Who needs to know which version was loaded calls this once, and `load_version` with
+    what it gave.
+
+    Args:
+        alias: The alias.
+        name: The registered model, by default the table's.
+
+    Raises:
+        RegistryError: There is no such model or alias.
+    """
+    name = name or table.current().model
+    version = find(alias, name=name)
+    if version is None:
+        raise RegistryError(f"no alias {alias!r} on {name!r}; run notebook 04_register_model, or 'make run'")
+    return version
+
+
 def sign(version: ModelVersion) -> None:
     """Sign a version, so that it can be loaded: a promotion and a release do it.
 
