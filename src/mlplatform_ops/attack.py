@@ -75,7 +75,7 @@ _PATHS = {
         "/dir/lookup?volumeId=1&read=yes",
         "/dir/lookup?fileId=1,0123456789&read=yes",
         "/vol/grow?count=1",
-        "/col/delete?collection=" + _BUCKET,
+        "/col/delete?collection=planted",  # none of ours: an open door must not cost data
         "/cluster/status",
         "/1,0123456789",
         "/admin/assign_volume?volume=77",
@@ -242,6 +242,8 @@ def attack(listeners: Sequence[Listener], authority: str, weed: Path) -> list[At
         contexts = {"http": None, "https": _context(), "https with a foreign certificate": foreign}
         tasks: list[Callable[[], Iterator[Attempt]]] = []
         for listener in listeners:
+            if not listener.unix:
+                tasks.append(_binding(_address, listener))
             tasks += [_binding(_knock, listener, scheme, context) for scheme, context in contexts.items()]
             tasks.append(_binding(_redis, listener))
             if listener.service == "object-store":
@@ -269,18 +271,22 @@ def _context() -> ssl.SSLContext:
 
 
 def _connect(listener: Listener, context: ssl.SSLContext | None = None) -> socket.socket:
-    plain = socket.socket(socket.AF_UNIX if listener.unix else socket.AF_INET)
+    host, _, port = listener.address.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    plain = socket.socket(socket.AF_UNIX if listener.unix else family)
     plain.settimeout(TIMEOUT_S)
     try:
-        if listener.unix:
-            plain.connect(listener.address)
-        else:
-            host, port = listener.address.rsplit(":", 1)
-            plain.connect((host, int(port)))
+        plain.connect(listener.address if listener.unix else (host.strip("[]"), int(port)))
         return context.wrap_socket(plain) if context else plain
     except OSError:
         plain.close()
         raise
+
+
+def _address(listener: Listener) -> Iterator[Attempt]:
+    """Look whether other machines reach the socket at all."""
+    host = listener.address.rpartition(":")[0].strip("[]")
+    yield Attempt(listener.service, f"{listener.address}: from other machines", host, host in {"127.0.0.1", "::1"})
 
 
 def _request(
@@ -367,7 +373,7 @@ def _redis(listener: Listener) -> Iterator[Attempt]:
         b"PING\r\n",
         b"INFO\r\n",
         b"KEYS *\r\n",
-        b"FLUSHALL\r\n",
+        b"DBSIZE\r\n",
         b"AUTH wrong\r\n",
         b"EVAL 'return 1' 0\r\n",
     ):
@@ -447,20 +453,21 @@ def _bodies(listener: Listener) -> Iterator[Attempt]:
 
     one = f"GET {opened} HTTP/1.1\r\nHost: {listener.address}\r\n\r\n".encode()
     two = f"DELETE {path} HTTP/1.1\r\nHost: {listener.address}\r\nConnection: close\r\n\r\n".encode()
+    answer = b""
     with contextlib.suppress(OSError), _connect(listener) as connection:
         connection.sendall(one + two)
-        answer = b""
         while block := connection.recv(65536):
             answer += block
-        codes = [line.split()[1].decode() for line in answer.splitlines() if line.startswith(b"HTTP/1.1")]
-        yield Attempt(listener.service, "two requests in one packet", " ".join(codes), codes[1:2] != ["200"])
+    codes = [line.split()[1].decode() for line in answer.splitlines() if line.startswith(b"HTTP/1.1")]
+    held = all(code[0] in "45" for code in codes[1:])
+    yield Attempt(listener.service, "two requests in one packet", " ".join(codes) or "closed", held)
 
     slow = []
     try:
-        for _ in range(200):
-            connection = _connect(listener)
-            connection.sendall(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n")
-            slow.append(connection)
+        with contextlib.suppress(OSError):  # refusing them is a way to hold
+            for _ in range(200):
+                slow.append(_connect(listener))
+                slow[-1].sendall(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n")
         try:
             status = str(_request(listener, "GET", opened))
         except (OSError, http.client.HTTPException) as error:

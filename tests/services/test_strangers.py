@@ -120,6 +120,12 @@ def test_make_attack_says_what_it_did_not_try(
     assert "what does not run was not tried; 'make serve'" in said.err
 
 
+def test_a_socket_that_other_machines_reach_is_no_held_door() -> None:
+    addresses = {"127.0.0.1:1": True, "::1:1": True, "0.0.0.0:1": False, ":::1": False}
+    found = {address: next(attack._address(Listener("mlflow", address))).held for address in addresses}
+    assert found == addresses
+
+
 def test_whoever_has_the_certificate_gets_in_by_the_same_attempts(embedded: EmbeddedPlatform, guarded: Any) -> None:
     """Shows that the attempts above fail for want of a certificate, and not because they are made wrongly."""
     state = embedded.state
