@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -95,12 +95,30 @@ def restore(store: Any, folder: Path) -> int:
         _etags(store, bucket)
     for path, (bucket, *key) in objects.items():
         try:
-            store.upload_file(str(path), bucket, "/".join(key))
+            with s3_errors(f"s3://{bucket}/{'/'.join(key)}"):
+                store.upload_file(str(path), bucket, "/".join(key))
         except boto3.exceptions.S3UploadFailedError as error:
             raise ServiceDownError(
                 f"s3://{bucket}/{'/'.join(key)} was not copied back: {error}; restore again"
             ) from error
     return len(objects)
+
+
+def delete(store: Any, bucket: str, keys: Sequence[str]) -> None:
+    """Delete objects.
+
+    Raises:
+        ServiceDownError: The object store does not answer, or keeps one of them.
+    """
+    for start in range(0, len(keys), DELETED_AT_ONCE):
+        named = [{"Key": key} for key in keys[start : start + DELETED_AT_ONCE]]
+        with s3_errors(f"s3://{bucket}"):
+            answer = store.delete_objects(Bucket=bucket, Delete={"Objects": named})
+        if kept := answer.get("Errors"):
+            raise ServiceDownError(
+                f"the object store keeps {len(kept)} objects that are to go, such as s3://{bucket}/{kept[0]['Key']} "
+                f"({kept[0].get('Code')}); see 'make status', then type this again"
+            )
 
 
 def put_back(store: Any, folder: Path) -> tuple[int, int]:
@@ -124,10 +142,7 @@ def put_back(store: Any, folder: Path) -> tuple[int, int]:
     found = {(bucket, key): etag for bucket in there for key, etag in _etags(store, bucket).items()}
     later, changed = found.keys() - saved.keys(), {name for name in saved if found.get(name) != saved[name]}
     for bucket in there:
-        keys = [{"Key": key} for owner, key in later if owner == bucket]
-        for start in range(0, len(keys), DELETED_AT_ONCE):
-            with s3_errors(f"s3://{bucket}"):
-                store.delete_objects(Bucket=bucket, Delete={"Objects": keys[start : start + DELETED_AT_ONCE]})
+        delete(store, bucket, [key for owner, key in later if owner == bucket])
     for bucket in there ^ buckets:
         with s3_errors(f"s3://{bucket}"):
             (store.create_bucket if bucket in buckets else store.delete_bucket)(Bucket=bucket)

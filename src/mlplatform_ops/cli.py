@@ -312,12 +312,13 @@ def drift(
         require_group("drift", what="Evidently's page")
     with _platform(platform, target, ()):
         from mlplatform.monitoring import drift_watch
+        from mlplatform_ops.files import write_private
 
         source, rows = drift_watch.find_batch(batch, days=days)
         watched = drift_watch.watch(rows, source=source, report=not without_report)
     page = find_root() / "build" / "drift.prom"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(drift_watch.prometheus_text(watched))
+    write_private(page, drift_watch.prometheus_text(watched))
     say(str(watched))
     kept = drift_watch.VERDICT if without_report else drift_watch.REPORT
     say(f"run {watched.run_id} of MLflow's experiment {drift_watch.EXPERIMENT} has {kept}")
@@ -628,7 +629,9 @@ def _workshop() -> None:
 
 def _workshop_state() -> Path:
     # Beside the platform of whoever gives it, which goes on undisturbed.
-    return Path(os.environ.get(STATE_VARIABLE) or find_root() / ".workshop").resolve()
+    if os.environ.get(STATE_VARIABLE):
+        return (own := state_folder()).with_name(f"{own.name}.workshop")
+    return find_root() / ".workshop"
 
 
 @backup.default

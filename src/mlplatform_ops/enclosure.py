@@ -32,7 +32,8 @@ _ETC = (
     "nsswitch.conf",
     "passwd",
     "resolv.conf",
-    "ssl",
+    "ssl/certs",
+    "ssl/openssl.cnf",
 )
 WORK = "work"  # the user's copy of the notebooks and of what they read
 

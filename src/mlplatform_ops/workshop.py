@@ -23,6 +23,8 @@ import requests
 from mlplatform.connection import s3_client
 from mlplatform.errors import ServiceDownError, SettingsError
 from mlplatform.settings import ARTIFACTS_BUCKET, BUCKETS, Settings, find_root
+from mlplatform.storage.refusals import s3_errors
+from mlplatform_ops.backup import delete
 from mlplatform_ops.console import Notify
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
 from mlplatform_ops.embedded.supervisor import processes_of
@@ -41,7 +43,6 @@ from mlplatform_ops.enclosure import WORK, check_enclosure
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-STATE_FOLDER = ".workshop"
 COPIED = ("data", "feature_repo", "notebooks")
 ROLE = "participant"
 START_TIMEOUT_S = 300.0
@@ -97,6 +98,8 @@ def start(state: Path, count: int, *, notify: Notify = lambda _: None) -> list[U
 def reset(state: Path, name: str, *, notify: Notify = lambda _: None) -> None:
     """Give a user a fresh start: no runs, models, objects and online values, and notebooks as they were.
 
+    What programs keep in the user's home, such as Lab's layout, stays.
+
     Raises:
         SettingsError: There is no such user.
         ServiceDownError: Something does not answer.
@@ -107,6 +110,8 @@ def reset(state: Path, name: str, *, notify: Notify = lambda _: None) -> None:
         known = f"{users[0].name} to {users[-1].name}" if users else "none; run 'make workshop'"
         raise SettingsError(f"there is no user {name!r}; known: {known}")
     platform = EmbeddedPlatform(state)
+    if not platform.running():
+        raise ServiceDownError("the workshop does not run; run 'make workshop', then this again")
     settings = platform.settings
     _end_programs(platform, user)
     steps: Sequence[Callable[[], None]] = (
@@ -170,11 +175,14 @@ def _mlflow(settings: Settings, verb: str, path: str, **body: Any) -> Any:
 
 def _is_admitted(settings: Settings, user: User) -> bool:
     """Say whether a user can log in to MLflow and belongs to their workspace, which is the last that is set."""
-    answer = requests.get(
-        f"{settings.tracking_uri}/api/3.0/mlflow/workspaces",
-        auth=(user.name, user.own["MLFLOW_TRACKING_PASSWORD"]),
-        timeout=TIMEOUT_S,
-    )
+    try:
+        answer = requests.get(
+            f"{settings.tracking_uri}/api/3.0/mlflow/workspaces",
+            auth=(user.name, user.own["MLFLOW_TRACKING_PASSWORD"]),
+            timeout=TIMEOUT_S,
+        )
+    except requests.RequestException as error:
+        raise ServiceDownError(f"MLflow does not answer ({error}); run 'make workshop' again") from error
     return answer.ok and user.name in {entry["name"] for entry in answer.json().get("workspaces", ())}
 
 
@@ -199,15 +207,18 @@ def _empty_buckets(settings: Settings, user: User) -> None:
 
 
 def _delete_objects(store: S3Client, bucket: str, prefix: str) -> None:
-    for page in store.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        if found := page.get("Contents"):
-            store.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": entry["Key"]} for entry in found]})
+    with s3_errors(f"s3://{bucket}"):
+        pages = list(store.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
+    delete(store, bucket, [entry["Key"] for page in pages for entry in page.get("Contents", ())])
 
 
 def _forget_online(settings: Settings, user: User) -> None:
     """Empty a user's database of the online store."""
-    with redis.Redis.from_url(f"{settings.redis_url}/{user.number}") as client:
-        client.flushdb()
+    try:
+        with redis.Redis.from_url(f"{settings.redis_url}/{user.number}") as client:
+            client.flushdb()
+    except redis.RedisError as error:
+        raise ServiceDownError(f"the online store does not answer ({error}); run 'make workshop' again") from error
 
 
 def _hand_out(state: Path, user: User) -> None:
@@ -220,7 +231,11 @@ def _hand_out(state: Path, user: User) -> None:
         for name in COPIED:
             ignored = shutil.ignore_patterns("__pycache__", ".*")
             shutil.copytree(root / name, Path(made) / WORK / name, ignore=ignored)
-        shutil.rmtree(work, ignore_errors=True)
+        # Whatever the user has put in its place, a link too, goes with the folder that is made here.
+        if work.is_dir() and not work.is_symlink():
+            work.chmod(0o700)
+        if work.exists() or work.is_symlink():
+            work.rename(Path(made) / "before")
         (Path(made) / WORK).rename(work)
 
 

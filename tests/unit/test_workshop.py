@@ -7,9 +7,11 @@ import pytest
 
 from mlplatform.clients.sharing import stored_at
 from mlplatform.connection import s3_client
-from mlplatform.settings import Settings, read_settings
+from mlplatform.settings import STATE_VARIABLE, Settings, read_settings, state_folder
+from mlplatform_ops import cli, workshop
 from mlplatform_ops.embedded import users
 from mlplatform_ops.embedded.services import auth_config, s3_config, valkey_config
+from mlplatform_ops.enclosure import WORK
 
 PLATFORM = {
     "MLFLOW_TRACKING_URI": "http://127.0.0.1:1",
@@ -51,6 +53,35 @@ def test_users_keep_their_secrets_when_others_join(tmp_path: Path) -> None:
     assert users.read_users(tmp_path)[:2] == before
     assert users.make_users(tmp_path, 1) == []
     assert len(users.read_users(tmp_path)) == 3
+
+
+def test_a_workshop_never_takes_the_teachers_own_platform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for state in ("", str(tmp_path / "own")):
+        monkeypatch.setenv(STATE_VARIABLE, state)
+        assert cli._workshop_state() != state_folder()
+        assert cli._workshop_state().parent == state_folder().parent
+
+
+@pytest.mark.parametrize("left", ["a folder", "a closed folder", "a link", "a file", "nothing"])
+def test_a_fresh_start_gives_notebooks_whatever_the_user_has_put_there(left: str, tmp_path: Path) -> None:
+    (user,) = users.make_users(tmp_path, 1)
+    work = user.folder(tmp_path) / WORK
+    work.parent.mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if left == "a link":
+        work.symlink_to(elsewhere)
+    elif left == "a file":
+        work.touch()
+    elif left != "nothing":
+        (work / "notebooks").mkdir(parents=True)
+        work.chmod(0o500 if left == "a closed folder" else 0o700)
+    workshop._hand_out(tmp_path, user)
+    assert not work.is_symlink()
+    assert sorted(path.name for path in work.iterdir()) == sorted(workshop.COPIED)
+    assert list((work / "notebooks").glob("*.ipynb"))
+    assert list(elsewhere.iterdir()) == []
+    assert [path.name for path in user.private(tmp_path).iterdir() if path.is_dir()] == []
 
 
 def test_a_platform_without_users_tells_its_servers_what_it_always_did() -> None:
