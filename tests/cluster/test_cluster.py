@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fake_cluster import FakeCluster, serve, use, write_kubeconfig
-from manifests import compose
+from manifests import DEPLOY, compose
 from sqlalchemy import make_url
 
 from mlplatform.errors import ClusterError, PortTakenError
@@ -32,7 +32,7 @@ from mlplatform_ops.cluster.api import looks_like_production
 from mlplatform_ops.cluster.cluster import Cluster
 from mlplatform_ops.cluster.credentials import GROUPS, PREVIOUS, changed_values, derived_files, write_secrets
 from mlplatform_ops.cluster.forwards import Forward
-from mlplatform_ops.cluster.kubectl import images, render
+from mlplatform_ops.cluster.kubectl import render
 from mlplatform_ops.cluster.overlay import read_env
 from mlplatform_ops.cluster.rollouts import Workload, describe
 from mlplatform_ops.ports import free_port
@@ -184,6 +184,15 @@ def test_postgres_gets_user_and_password_as_they_were_given(tmp_path: Path, logi
         url = make_url(address)
         assert f"{url.username}:{url.password}" == login
         assert url.host == "postgres"
+
+
+def test_a_password_with_a_percent_sign_reaches_mlflow(overlay: Path) -> None:
+    with (overlay / "secrets" / "values.env").open("a") as values:
+        values.write("MLFLOW_ADMIN_PASSWORD=50%off\n")
+    write_secrets(overlay)
+    users = ConfigParser()
+    users.read(overlay / "secrets" / "basic_auth.ini")
+    assert users["mlflow"]["admin_password"] == "50%off"  # noqa: S105
 
 
 # --- contexts
@@ -411,6 +420,15 @@ def test_down_keeps_the_volumes_unless_their_deletion_is_confirmed(fake: FakeClu
     assert ("namespaces", "mlplatform") not in fake.objects
 
 
+def test_down_leaves_nothing_that_a_component_made(fake: FakeCluster, tmp_path: Path) -> None:
+    everything = [path.name for path in (DEPLOY / "components").iterdir() if path.name != "pipeline"]
+    overlay = compose(tmp_path, components=everything)
+    Cluster(overlay).up()
+    assert ("cronjobs", "drift") in fake.objects
+    Cluster(overlay, yes=True).down()
+    assert set(fake.objects) == {("namespaces", "mlplatform")}
+
+
 def test_status_tells_ready_from_waiting(fake: FakeCluster, overlay: Path) -> None:
     cluster = Cluster(overlay)
     cluster.up()
@@ -420,11 +438,6 @@ def test_status_tells_ready_from_waiting(fake: FakeCluster, overlay: Path) -> No
     assert not found["redis"].done
     assert describe(found["redis"]) == "StatefulSet redis: 0/1 ready, CrashLoopBackOff: as the test wants, 3 restarts"
     assert describe(Workload("Job", "buckets", 1, 1, True)) == "Job buckets: done"
-
-
-def test_images_are_listed_once(overlay: Path) -> None:
-    found = images(render(overlay))
-    assert len(found) == len(set(found)) == 4
 
 
 # --- forwarding

@@ -37,14 +37,13 @@ from typing import Any
 
 import yaml
 from images import REPOSITORY, make_roots, stand_ins
-from manifests import compose, render
+from manifests import compose, containers, render, workloads
 from run_pods import leave_the_machines_network, unshare_mounts
 
 from mlplatform.clients.hastening import hasten_feast
 from mlplatform.errors import ClusterError
 from mlplatform_ops import runner as notebooks
 from mlplatform_ops.cluster.cluster import Cluster
-from mlplatform_ops.cluster.kubectl import images
 from pods import Image, PodError, run, short_name
 
 PACKAGES = (
@@ -513,7 +512,8 @@ def main() -> int:
         overlay = compose(scratch / "manifests", overlay=options.overlay, components=options.component)
         for_an_old_release(overlay.parents[1])
         make_roots(scratch / "roots")
-        archive = pack(scratch, images(render(overlay)), scratch / "roots")
+        images = {container["image"] for workload in workloads(render(overlay)) for container in containers(workload)}
+        archive = pack(scratch, sorted(images), scratch / "roots")
         print(f"images are packed after {time.monotonic() - begun:.0f} s", flush=True)
         leave_the_machines_network()
         node.folder.mkdir()

@@ -34,6 +34,7 @@ KINDS = (
     ("ReplicaSet", "replicasets", "apps/v1", True),
     ("StatefulSet", "statefulsets", "apps/v1", True),
     ("Job", "jobs", "batch/v1", True),
+    ("CronJob", "cronjobs", "batch/v1", True),
     ("NetworkPolicy", "networkpolicies", "networking.k8s.io/v1", True),
     ("Ingress", "ingresses", "networking.k8s.io/v1", True),
     ("PodDisruptionBudget", "poddisruptionbudgets", "policy/v1", True),

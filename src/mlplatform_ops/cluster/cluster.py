@@ -33,7 +33,9 @@ VALIDATION = "--validate=strict"
 TIMEOUT_S = 900.0
 # What kubectl's libraries log beside what kubectl says, such as "E1125 01:30:13.568616 ...".
 _LOG_LINE = re.compile(r"[IWEF]\d{4} ")
-_KINDS = "deployments,statefulsets,jobs,services,configmaps,secrets,networkpolicies,poddisruptionbudgets,ingresses"
+_KINDS = (
+    "cronjobs,deployments,statefulsets,jobs,services,configmaps,secrets,networkpolicies,poddisruptionbudgets,ingresses"
+)
 
 
 class Cluster:

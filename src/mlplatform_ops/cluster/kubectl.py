@@ -31,15 +31,6 @@ def render(overlay: Path) -> list[Manifest]:
     return [document for document in yaml.safe_load_all(outcome.stdout) if document]
 
 
-def images(manifests: list[Manifest]) -> list[str]:
-    """List the images that rendered manifests name."""
-    found = set()
-    for manifest in manifests:
-        spec = manifest.get("spec", {}).get("template", {}).get("spec", {})
-        found |= {entry["image"] for entry in (*spec.get("initContainers", ()), *spec.get("containers", ()))}
-    return sorted(found)
-
-
 def kubectl_path() -> str:
     """Find kubectl: beside this Python, or on PATH.
 
