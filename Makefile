@@ -108,7 +108,7 @@ pipeline-yaml: $(VENV)/.pipelines ## Compile the pipelines to the YAML that a cl
 	@$(PIPELINE) compile
 
 rollback: $(READY) ## Make the version before the champion the champion again; REASON= is recorded
-	@$(CLI) release roll-back $(if $(REASON),'$(REASON)') $(if $(MODEL),--model $(MODEL))
+	@$(CLI) release roll-back $(if $(REASON),'$(subst ','\'',$(REASON))') $(if $(MODEL),--model $(MODEL))
 
 drift: $(VENV)/.drift ## Compare BATCH=s3://..., or what the endpoint saw, with the champion's training data
 	@$(CLI) drift --platform $(PLATFORM) $(CLUSTER) $(if $(BATCH),--batch $(BATCH)) $(if $(DAYS),--days $(DAYS))

@@ -28,7 +28,7 @@ from mlplatform_ops import provenance
 ESTIMATORS = (DecisionTreeClassifier, LogisticRegression, RandomForestClassifier, XGBClassifier)
 # XGBoost's autologging names this one as its own library does.
 OTHER_NAMES = {"n_estimators": "num_boost_round"}
-UNSET = {"None", "deprecated"}
+UNSET = {"deprecated"}
 # A forest adds its trees' answers in the order in which threads end, and a matrix product depends on the processor.
 TOLERANCE = 1e-6
 

@@ -123,7 +123,7 @@ def test_an_alias_that_moves_while_a_batch_is_judged_mixes_no_versions(
     try:
         before = watch()
         with monkeypatch.context() as patch:
-            patch.setattr(drift_watch, "read_context", move_and_read)
+            patch.setattr("mlplatform.monitoring.drift_watch.read_context", move_and_read)
             meanwhile = watch()
         after = watch()
     finally:

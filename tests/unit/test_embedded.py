@@ -6,15 +6,18 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
+from xmlrpc.client import ProtocolError
 
 import pytest
 from botocore.exceptions import ClientError
 
-from mlplatform.errors import DataError, PortTakenError, SettingsError
+from mlplatform.errors import DataError, PortTakenError, ServiceDownError, SettingsError
 from mlplatform_ops.embedded import services
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
 from mlplatform_ops.embedded.services import INNER_PORTS, SERVICES, choose_ports
+from mlplatform_ops.embedded.supervisor import Supervisor
 from mlplatform_ops.ports import free_port, is_free
 
 
@@ -76,6 +79,19 @@ def test_a_listener_on_every_address_takes_the_port_too() -> None:
         other.listen()
         assert not is_free(other.getsockname()[1])
     assert is_free(free_port())
+
+
+def test_a_stranger_on_the_supervisors_port_makes_no_error_tell_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def foreign(*_: object) -> None:
+        raise ProtocolError("platform:hush@127.0.0.1:1/RPC2", 404, "Not Found", {})
+
+    supervisor = Supervisor(tmp_path, dict)
+    monkeypatch.setattr(supervisor, "_ask", foreign)
+    with pytest.raises(ServiceDownError, match=r"the supervisor has ended \(404\); run 'make up'") as caught:
+        supervisor._call("getState")
+    assert "hush" not in "".join(format_exception(caught.value))
 
 
 def test_a_state_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Path) -> None:

@@ -88,11 +88,12 @@ class OnlinePlans:
         read = registry.cached_registry_proto_created if hasattr(registry, "is_cache_valid") else None
         if read is None or read != self._registry_of or not registry.is_cache_valid() or len(self._known) >= 100:
             self._known.clear()  # a server is asked for anything, and must not keep it all
-        if asked not in self._known:
-            context = utils._get_cached_request_context(registry, project, features, full_names)
-            self._registry_of = getattr(registry, "cached_registry_proto_created", None)
-            self._known[asked] = _plan(config, features, context, project, full_names)
-        return self._known[asked]
+        if asked in self._known:
+            return self._known[asked]
+        context = utils._get_cached_request_context(registry, project, features, full_names)
+        self._registry_of = getattr(registry, "cached_registry_proto_created", None)
+        plan = self._known[asked] = _plan(config, features, context, project, full_names)
+        return plan
 
 
 def ids_of(rows: Any, key: str) -> list[str] | None:

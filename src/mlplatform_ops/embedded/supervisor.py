@@ -149,7 +149,9 @@ class Supervisor:
             raise self._hangs() from None
         except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError) as error:
             log = self._state / "logs" / "supervisord.log"
-            raise ServiceDownError(f"the supervisor has ended ({error}); run 'make up'; see {log}") from error
+            # A protocol error's text holds the address, and so the password.
+            reason = error.errcode if isinstance(error, xmlrpc.client.ProtocolError) else error
+            raise ServiceDownError(f"the supervisor has ended ({reason}); run 'make up'; see {log}") from None
 
     def _ask(self, method: str, *arguments: object) -> Any:
         environment = self._environment()

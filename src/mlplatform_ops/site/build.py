@@ -46,13 +46,16 @@ def build(root: Path, executed: Path, site: Path) -> list[str]:
         with FileLock(work / "lock"):
             chapters = pages.read_chapters(find_notebooks(root / "notebooks", groups=True), executed)
             pages.write_pages(root, chapters, work / "source")
-            if _is_current(site, work / "source"):
+            built = work / "built"
+            if (site / "index.html").exists() and _is_newer(built, work / "source"):
                 return []
             folders = (str(work / "source"), str(site))
             options = ["-q", "-b", "html", "-c", str(pages.HERE), "-d", str(work / "doctrees")]
             command = [sys.executable, "-m", "sphinx", *options, *folders]
             outcome = subprocess.run(command, capture_output=True, text=True, check=False)
             _mend(site)
+            if not outcome.returncode:
+                built.touch()
     except OSError as error:
         raise SiteError(f"cannot write the site to {site}: {error.strerror or error}") from error
     said = outcome.stderr.strip().splitlines()
@@ -61,11 +64,10 @@ def build(root: Path, executed: Path, site: Path) -> list[str]:
     return said
 
 
-def _is_current(site: Path, source: Path) -> bool:
-    """Whether Sphinx has ended since the last change: it writes the inventory last, and always."""
-    inventory = site / "objects.inv"
+def _is_newer(built: Path, source: Path) -> bool:
+    """Whether nothing has changed since pages were built whole."""
     parts = [*source.rglob("*.*"), *pages.HERE.rglob("*.*")]
-    return inventory.exists() and inventory.stat().st_mtime > max(path.stat().st_mtime for path in parts)
+    return built.exists() and built.stat().st_mtime > max(path.stat().st_mtime for path in parts)
 
 
 def _mend(site: Path) -> None:
