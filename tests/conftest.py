@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from xdist.scheduler import LoadScopeScheduling
 from mlplatform.clients.hastening import hasten_feast
 from mlplatform.engines.cluster import VARIABLE
 from mlplatform.settings import STATE_VARIABLE, VARIABLES, Settings
+from mlplatform_ops import ports
 from mlplatform_ops import runner as notebooks
 from mlplatform_ops.dask_cluster import dask_cluster
 from mlplatform_ops.embedded.platform import EmbeddedPlatform
@@ -23,6 +25,9 @@ hasten_feast()
 # By itself Hypothesis fails an example that takes 200 ms, and a busy machine takes that for any.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+# Each process chooses ports of its own, so that none is taken by the other before a server listens on it.
+_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2
+ports.FREE_PORTS = range(20_000 + 6_000 * _PROCESS, 26_000 + 6_000 * _PROCESS)
 ROOT = Path(__file__).parent.parent
 # Files whose tests may run apart, each of which takes its time.
 SHARE_NOTHING = ("tests/browser/test_site_in_browser.py", "tests/unit/test_progress.py")
@@ -67,6 +72,8 @@ def platform(embedded: EmbeddedPlatform) -> Iterator[Settings]:
         patch.setenv(STATE_VARIABLE, str(embedded.state))
         for name, value in settings.to_env().items():
             patch.setenv(name, value)
+        # Two busy cores are no fault of a service; the tests of faults have the product's own limits.
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
         yield settings
 
 

@@ -19,8 +19,8 @@ __getattr__ = table.names(__name__, SERVICE=lambda described: described.service)
 FOUND = "found"
 NEXT_STEP = "run 'make features'"
 
-# A dropped forward to a cluster is back within three seconds. MLflow's, boto3's and Redis's clients wait as long.
-_RETRIES = Retry(3, read=1, backoff_factor=0.5, allowed_methods=None)
+# A dropped forward to a cluster is back within seconds, and one that is about to drop may take a request once more.
+_RETRIES = Retry(4, read=2, backoff_factor=0.5, allowed_methods=None)
 
 
 def read_server(
@@ -36,7 +36,7 @@ def read_server(
         users: User ids.
         features: The name of a feature service, by default the model's, or `view:feature` for each feature.
         environ: Variables by name: `FEATURE_SERVER_URL`, and `FEATURE_SERVER_TOKEN` if the server wants one.
-        timeout_s: How long the server may take, in seconds; a connection that breaks is tried again, within 3 s.
+        timeout_s: How long the server may take, in seconds; a connection that breaks is tried again, within 7 s.
 
     Returns:
         As `read_online`.

@@ -25,6 +25,7 @@ from mlplatform_ops.embedded.services import make_certificates
 from mlplatform_ops.ports import Listener
 
 TIMEOUT_S = 4.0
+HTTP_TIMEOUT_S = 30.0  # of a door that has answered HTTP, and may be busy with what else is tried
 AT_ONCE = 8
 # What answers without credentials, and is meant to: service, and the beginning of a path that is read.
 PUBLIC = (
@@ -270,11 +271,13 @@ def _context() -> ssl.SSLContext:
     return context
 
 
-def _connect(listener: Listener, context: ssl.SSLContext | None = None) -> socket.socket:
+def _connect(
+    listener: Listener, context: ssl.SSLContext | None = None, *, timeout_s: float = TIMEOUT_S
+) -> socket.socket:
     host, _, port = listener.address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     plain = socket.socket(socket.AF_UNIX if listener.unix else family)
-    plain.settimeout(TIMEOUT_S)
+    plain.settimeout(timeout_s)
     try:
         plain.connect(listener.address if listener.unix else (host.strip("[]"), int(port)))
         return context.wrap_socket(plain) if context else plain
@@ -297,10 +300,11 @@ def _request(
     context: ssl.SSLContext | None = None,
     body: bytes | None = None,
     headers: dict[str, str] | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> int:
     """Send one request, its path exactly as given, and return the answer's status."""
     connection = http.client.HTTPConnection("localhost")
-    connection.sock = _connect(listener, context)
+    connection.sock = _connect(listener, context, timeout_s=timeout_s)
     # The standard library refuses the very paths that are tried here.
     connection._validate_path = lambda _: None  # type: ignore[attr-defined]
     try:
@@ -454,7 +458,7 @@ def _bodies(listener: Listener) -> Iterator[Attempt]:
     one = f"GET {opened} HTTP/1.1\r\nHost: {listener.address}\r\n\r\n".encode()
     two = f"DELETE {path} HTTP/1.1\r\nHost: {listener.address}\r\nConnection: close\r\n\r\n".encode()
     answer = b""
-    with contextlib.suppress(OSError), _connect(listener) as connection:
+    with contextlib.suppress(OSError), _connect(listener, timeout_s=HTTP_TIMEOUT_S) as connection:
         connection.sendall(one + two)
         while block := connection.recv(65536):
             answer += block
@@ -469,7 +473,7 @@ def _bodies(listener: Listener) -> Iterator[Attempt]:
                 slow.append(_connect(listener))
                 slow[-1].sendall(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n")
         try:
-            status = str(_request(listener, "GET", opened))
+            status = str(_request(listener, "GET", opened, timeout_s=HTTP_TIMEOUT_S))
         except (OSError, http.client.HTTPException) as error:
             status = _reason(error)
     finally:
@@ -480,7 +484,7 @@ def _bodies(listener: Listener) -> Iterator[Attempt]:
 
 def _status(listener: Listener, path: str, body: bytes, headers: dict[str, str]) -> str:
     try:
-        return str(_request(listener, "POST", path, body=body, headers=headers))
+        return str(_request(listener, "POST", path, body=body, headers=headers, timeout_s=HTTP_TIMEOUT_S))
     except (OSError, http.client.HTTPException) as error:
         return _reason(error)
 

@@ -474,6 +474,7 @@ def echo() -> Iterator[int]:
                     self.request.sendall(data)
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Echo) as server:
+        server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server.server_address[1]
@@ -547,10 +548,11 @@ def test_a_forward_follows_when_its_pod_is_replaced() -> None:
 
 
 def test_a_forward_that_works_outlives_an_api_server_that_is_away() -> None:
-    port, away = free_port(), threading.Event()
+    port, away, asked = free_port(), threading.Event(), list[float]()
 
     def target() -> list[tuple[str, int, bool]]:
         if away.is_set():
+            asked.append(time.monotonic())
             raise ClusterError("the cluster does not answer")
         return [("mlflow-0", 5000, True)]
 
@@ -559,7 +561,7 @@ def test_a_forward_that_works_outlives_an_api_server_that_is_away() -> None:
         forward.start()
         process = forward._process
         away.set()
-        time.sleep(2.5)
+        _eventually(lambda: len(asked) >= 2)
         assert _ask(port) == "mlflow-0:5000"
         assert forward._process is process
     finally:
@@ -567,13 +569,18 @@ def test_a_forward_that_works_outlives_an_api_server_that_is_away() -> None:
 
 
 def test_a_forward_stays_with_a_pod_that_is_not_ready_until_another_one_is() -> None:
-    port, ready = free_port(), {"mlflow-a": True}
-    forward = Forward("mlflow", port, lambda: [(pod, 5000, is_ready) for pod, is_ready in ready.items()], _relay)
+    port, ready, asked = free_port(), {"mlflow-a": True}, list[bool]()
+
+    def target() -> list[tuple[str, int, bool]]:
+        asked.append(ready["mlflow-a"])
+        return [(pod, 5000, is_ready) for pod, is_ready in ready.items()]
+
+    forward = Forward("mlflow", port, target, _relay)
     try:
         forward.start()
         process = forward._process
         ready["mlflow-a"] = False
-        time.sleep(2.5)
+        _eventually(lambda: asked.count(False) >= 2)
         assert _ask(port) == "mlflow-a:5000"
         assert forward._process is process
         ready["mlflow-b"] = True

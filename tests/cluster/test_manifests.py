@@ -87,13 +87,6 @@ def test_the_readme_names_every_component_and_counts_their_combinations() -> Non
         assert yaml.safe_load(name.read_text())["metadata"]["name"] in text
 
 
-def test_nothing_renders_without_secrets(tmp_path: Path) -> None:
-    overlay = compose(tmp_path)
-    (overlay / "secrets" / "client.env").unlink()
-    with pytest.raises(RuntimeError, match=r"client\.env"):
-        render(overlay)
-
-
 def test_every_combination_passes_our_own_checks(
     every_combination: dict[tuple[str, ...], list[Manifest]], production: list[Manifest]
 ) -> None:
@@ -224,10 +217,16 @@ def test_the_notebooks_use_dask_where_it_is_there_and_run_where_it_is_not(
         assert {name in there for name in ("ConfigMap/dask", "Secret/dask")} == {"dask" in combination}
 
 
-def test_the_readme_has_the_secret_that_dask_needs() -> None:
-    text = (DEPLOY / "README.md").read_text()
-    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
-    assert yaml.safe_load(block) == {"components": ["../../components/dask"], "secretGenerator": [*OPTIONAL_SECRETS]}
+def test_the_readme_has_the_secret_that_dask_needs_and_the_policy_that_prometheus_does(
+    every_combination: dict[tuple[str, ...], list[Manifest]],
+) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (DEPLOY / "README.md").read_text(), re.S)
+    dask, policy = (yaml.safe_load(block) for block in blocks)
+    assert dask == {"components": ["../../components/dask"], "secretGenerator": [*OPTIONAL_SECRETS]}
+    kubernetes_validate.validate(policy, NEWEST_MINORS[-1], strict=True)
+    policies = of_kind(every_combination[*OPTIONS, *ALONE], "NetworkPolicy")
+    who = {NAMESPACE: "monitoring"}, {COMPONENT: "endpoint"}
+    assert [allows(given, *who, 3000) for given in (policies, [*policies, policy])] == [False, True]
 
 
 def test_redis_is_asked_by_a_user_whose_password_no_rotation_changes(production: list[Manifest]) -> None:

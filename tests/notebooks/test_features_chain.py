@@ -134,7 +134,7 @@ def send(command: str) -> requests.Response:
     curl.add_argument("-d", dest="data")
     curl.add_argument("url")
     # In the environment of `eval "$(make -s env)"`, which is this process's.
-    words = curl.parse_args(shlex.split(os.path.expandvars(command))[1:])
+    words = curl.parse_args(shlex.split(os.path.expandvars(command.replace("\\\n", " ")))[1:])
     headers = dict(header.split(": ", 1) for header in words.headers)
     return requests.request(words.method, words.url, headers=headers, data=words.data, timeout=60)
 

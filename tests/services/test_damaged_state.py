@@ -39,7 +39,7 @@ Command = Callable[..., tuple[int, list[str]]]
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPlatform]:
     """A platform of these tests' own, with features and a champion."""
     platform = EmbeddedPlatform(tmp_path_factory.mktemp("damaged") / "state", environ={}, default_ports=False)
-    before = dict(os.environ), mlflow.get_tracking_uri()
+    before = dict(os.environ)
     try:
         platform.up()
         # Where nothing answers, nothing will: MLflow's client need not try for half a minute.
@@ -49,9 +49,9 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPlatform]:
         yield platform
     finally:
         platform.clean()
-        mlflow.set_tracking_uri(before[1])
+        mlflow.set_tracking_uri(None)  # as the environment says again
         os.environ.clear()
-        os.environ.update(before[0])
+        os.environ.update(before)
 
 
 def fill() -> None:

@@ -50,9 +50,9 @@ def bucket(settings: Settings):
 
 
 def test_starting_twice_starts_nothing_twice(embedded: EmbeddedPlatform) -> None:
-    before = {process.pid for process in processes(embedded)}
+    before = {status.name: status.pid for status in embedded.status()}
     embedded.up()
-    assert {process.pid for process in processes(embedded)} == before
+    assert {status.name: status.pid for status in embedded.status()} == before
 
 
 def test_every_service_is_ready_and_says_where(embedded: EmbeddedPlatform) -> None:

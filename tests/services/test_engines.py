@@ -172,6 +172,7 @@ def test_a_worker_killed_in_mid_training_ends_it_at_once_with_one_line(
     on_dask: Any, experiment: str, datasets: list[PandasDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "MEET_S", 10)
+    monkeypatch.setattr(training, "NOTICED_S", 30)
     killed: list[float] = []
 
     def two_train(states: dict[str, str]) -> bool:

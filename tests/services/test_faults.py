@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -199,7 +200,11 @@ def test_status_says_which_service_does_not_answer(own: EmbeddedPlatform) -> Non
     wait_until_ready(own)
 
 
-def test_a_supervisor_that_hangs_is_named_and_down_ends_what_it_started(own: EmbeddedPlatform) -> None:
+def test_a_supervisor_that_hangs_is_named_and_down_ends_what_it_started(
+    own: EmbeddedPlatform, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Starts of other tests' platforms are not waited for.
+    monkeypatch.setattr("mlplatform_ops.embedded.platform.private_folder", lambda: tmp_path)
     hung = supervisor(own)
     hung.suspend()
     for command in (own.status, own.up):

@@ -21,6 +21,7 @@ from mlplatform import feature_client, features, history
 from mlplatform.errors import CredentialsError, RegistryError, ServiceDownError
 from mlplatform.settings import Settings
 from mlplatform_ops.feast_servers.feature_server import StoreWatcher
+from mlplatform_ops.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "test-token"  # noqa: S105 - of servers that live for one test
@@ -30,9 +31,7 @@ STEADY = {"features": ["demographic:Sex"], "entities": {"user_id": [history.STEA
 @contextmanager
 def running(module: str, repo: Path) -> Iterator[str]:
     """Run one of our servers on a free port, and give its address once it is ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", module, "--port", str(port)], cwd=repo, env={**os.environ, "FEATURE_SERVER_TOKEN": TOKEN}
     )
@@ -41,7 +40,7 @@ def running(module: str, repo: Path) -> Iterator[str]:
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             assert process.poll() is None, f"{module} ended with {process.returncode}"
-            with suppress(requests.ConnectionError):
+            with suppress(requests.RequestException):
                 if requests.get(f"{url}/health", timeout=20).status_code != 503:
                     break
             time.sleep(0.1)
@@ -50,7 +49,10 @@ def running(module: str, repo: Path) -> Iterator[str]:
         yield url
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def test_a_server_started_before_there_are_features_serves_them_as_soon_as_there
             feature_client.read_server([history.STEADY_USER], environ=environ)
         features.apply(repo)
         deadline = time.monotonic() + 30
-        while requests.get(f"{url}/health", timeout=5).json()["detail"] != "serving":
+        while requests.get(f"{url}/health", timeout=20).json()["detail"] != "serving":
             assert time.monotonic() < deadline, "the server never noticed the registry"
             time.sleep(0.2)
         # The same project, so the values loaded before are there.

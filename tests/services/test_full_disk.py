@@ -65,8 +65,8 @@ def test_a_full_disk_under_the_servers_is_named_and_freed_all_goes_on(disk: Disk
         call("import mlflow; mlflow.create_experiment('kept')")
         # Features are registered, and none of them is online.
         call(f"from mlplatform import features as f; f.build(); {REDIS} r.flushall(); r.set('kept', 'stays')")
-        disk.fill()
         for words in (("up",), ("features",)):
+            disk.fill()
             outcome = command(*words)
             assert (outcome.returncode, "Traceback" in outcome.stdout) == (1, False)
             assert f"no space left in {state}" in outcome.stdout

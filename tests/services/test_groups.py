@@ -6,7 +6,6 @@ import hashlib
 import http.server
 import io
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from mlplatform_ops.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 GROUPS = {"pipeline": "pipelines", "serve-model": "serving", "drift": "drift", "loop": "pipelines"}
@@ -67,9 +68,7 @@ def index(port: int, pages: Mapping[str, bytes], *, otherwise: int = 404) -> Ite
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture

@@ -68,14 +68,17 @@ def _running(command: list[str], folder: Path, environ: Mapping[str, str]) -> It
             yield
         finally:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(timeout=60)
+            finally:
+                process.kill()
 
 
 def _status(server: str, values: Mapping[str, str] = OLD, *, path: str = USERS) -> int:
     login = (values["MLFLOW_ADMIN_USERNAME"], values["MLFLOW_ADMIN_PASSWORD"])
     try:
         return requests.get(server + path, auth=login, timeout=10).status_code
-    except requests.ConnectionError:
+    except requests.RequestException:
         return 0
 
 

@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from html import unescape
 from typing import Any
@@ -204,11 +205,10 @@ def test_what_is_not_there_is_said_in_a_line(url: str, path: str, line: str) -> 
 
 def test_a_store_that_is_away_is_named_with_what_to_type(platform: Settings) -> None:
     away = replace(platform, s3_endpoint="http://127.0.0.1:9")
-    running = serve(lambda: s3_client(away))
-    reply = requests.get(f"{next(running)}/objects/", auth=LOGIN, timeout=20)
+    with closing(serve(lambda: s3_client(away))) as running:
+        reply = requests.get(f"{next(running)}/objects/", auth=LOGIN, timeout=20)
     assert reply.status_code == 503
     assert "the object store does not answer for s3://; run &#39;make up&#39;" in reply.text
-    running.close()
 
 
 @pytest.mark.parametrize("login", [True, False], ids=["signed in", "a stranger"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 from uuid import uuid4
 
 import mlflow
-import pandas as pd
 import pytest
 import warm
 from evaluations import log_evaluation
@@ -393,5 +391,4 @@ def test_files_are_fetched_for_others_to_load(champion: tuple[str, str], tmp_pat
     rows = income.read_income(CSV).head(50)
     expected = modeling.probabilities(registry.load_model(name=name), rows)
     assert modeling.probabilities(signing.load(files), rows).tolist() == expected.tolist()
-    assert json.dumps(sorted(path.name for path in files.iterdir())).count("MLmodel") == 1
-    assert isinstance(rows, pd.DataFrame)
+    assert "MLmodel" in {path.name for path in files.iterdir()}

@@ -122,11 +122,14 @@ def _pings(client: redis.Redis) -> bool:
         return False
 
 
-def test_seaweedfs_takes_new_keys_and_drops_retired_ones_without_a_restart(tmp_path: Path) -> None:
+def test_seaweedfs_takes_new_keys_and_drops_retired_ones_without_a_restart(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     ports: dict[str, int] = {}
     for part in ("master", "volume", "filer", "s3"):
         for name in (f"{part}.port", f"{part}.port.grpc"):
             ports[name] = free_port(avoid=map(str, ports.values()))
+    request.addfinalizer(lambda: _remove_sockets(ports))
     port, config = ports["s3.port"], tmp_path / "s3.json"
     old = changed_values({})
     config.write_text(_files(old)["s3.json"])
@@ -169,7 +172,10 @@ def test_seaweedfs_takes_new_keys_and_drops_retired_ones_without_a_restart(tmp_p
         for bucket, refused in (("feature-registry", reader.put_object), ("mlflow-artifacts", reader.get_object)):
             with pytest.raises(botocore.exceptions.ClientError, match="AccessDenied"):
                 refused(Bucket=bucket, Key="k")
-    # It offers no option for the place of these.
+
+
+def _remove_sockets(ports: Mapping[str, int]) -> None:
+    """SeaweedFS offers no option for the place of these."""
     for number in ports.values():
         for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):  # noqa: S108
             left.unlink()

@@ -81,7 +81,8 @@ def test_a_notebook_waits_for_what_it_needs(write: Write, tmp_path: Path) -> Non
 def test_notebooks_side_by_side_each_run_in_their_own_folder_and_share_the_cores(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "so that it is unset again afterwards")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     threads = "max(pool['num_threads'] for pool in threadpoolctl.threadpool_info() if pool['user_api'] == 'blas')"
     imports = "import os, numpy, threadpoolctl\nfrom mlplatform.results import record\n"

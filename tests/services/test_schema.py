@@ -68,10 +68,13 @@ def test_an_older_schema_is_upgraded_with_all_that_it_holds_while_servers_wait(d
     with _start("wait", databases) as waiting:
         assert waiting.stdout
         assert any(f"waiting for the schema: it is {OLD['mlflow']}" in line for line in waiting.stdout)
-        with _start("upgrade", databases) as upgrading:
-            said = upgrading.communicate()[0]
-        assert upgrading.returncode == 0, said
-        assert waiting.wait(60) == 0
+        try:
+            with _start("upgrade", databases) as upgrading:
+                said = upgrading.communicate()[0]
+            assert upgrading.returncode == 0, said
+            assert waiting.wait(60) == 0
+        finally:
+            waiting.kill()
 
     def found(variable: str, query: str) -> list[tuple[object, ...]]:
         with sqlalchemy.create_engine(databases[variable]).connect() as connection:

@@ -25,7 +25,7 @@ from mlplatform_ops.embedded.services import AFTER_RUN
 from mlplatform_ops.mlflow_rest import RUN_TAG
 
 ROOT = Path(__file__).parents[2]
-BOUND_S = 120
+BOUND_S = 300
 CONNECT = "from mlplatform import connect\nconnect()\nimport mlflow\nmlflow.set_experiment('stopped')"
 WAIT = """import time, pathlib
 with mlflow.start_run() as run:
@@ -136,7 +136,9 @@ def test_the_next_run_closes_the_runs_of_one_that_was_killed(clone: Path, start:
 
 
 def test_two_runs_at_once_write_to_two_folders(clone: Path, start: Start) -> None:
-    write(clone, "01_waits", "import pathlib, time\npathlib.Path(mark).write_text('x')\ntime.sleep(15)")
+    second_has_begun = f"pathlib.Path({str(clone / 'build' / 'notebooks-2')!r}).exists()"
+    waits = f"for _ in range(3_000):\n    if {second_has_begun}: break\n    time.sleep(0.1)"
+    write(clone, "01_waits", f"import pathlib, time\npathlib.Path(mark).write_text('x')\n{waits}")
     first = start()
     wait_for(clone / "01_waits.mark")
     second = start()

@@ -149,8 +149,11 @@ class Reader:
             "PYTHONPATH": str(clone / "src"),  # the environment knows the code of the clone under test
             # The environment is there: make must not make it again because a copied file is newer.
             "MAKEFLAGS": " ".join(f"--old-file=.venv/{made}" for made in MADE),
-            **{f"MLPLATFORM_{name}_PORT": str(free_port()) for name in PORTS},
         }
+        taken: list[str] = []
+        for name in PORTS:
+            taken.append(str(free_port(avoid=taken)))
+            self.environment[f"MLPLATFORM_{name}_PORT"] = taken[-1]
 
     def type(self, command: str) -> str:
         done = subprocess.run(

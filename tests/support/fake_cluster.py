@@ -21,6 +21,9 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 import yaml
 
+from mlplatform_ops.cluster.forwards import local_port
+from mlplatform_ops.ports import free_port
+
 # Kind, plural and group version of everything that the manifests hold, and what the client lists beside it.
 KINDS = (
     ("Namespace", "namespaces", "v1", False),
@@ -378,6 +381,11 @@ def use(kubeconfig: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
     # The stand-in publishes no schema to validate against; that is done when the manifests are tested.
     patch.setattr("mlplatform_ops.cluster.cluster.VALIDATION", "--validate=false")
+    # Another process of the tests may take a service's usual port between the choice and kubectl's start.
+    patch.setattr(
+        "mlplatform_ops.cluster.cluster.local_port",
+        lambda service, port, *wanted: local_port(service, free_port(), *wanted),
+    )
 
 
 def write_kubeconfig(path: Path, server: str, context: str, *, cluster: str = "c", current: bool = True) -> Path:

@@ -71,7 +71,9 @@ class Disk:
         return self.run("cat", f"{self.folder}/{name}").stdout
 
     def fill(self) -> None:
-        assert "No space left" in self.run("dd", "if=/dev/zero", f"of={self.folder}/fill", "bs=4k").stdout
+        # Appending: what fills it already is not freed for a moment.
+        words = ("if=/dev/zero", f"of={self.folder}/fill", "bs=4k", "oflag=append", "conv=notrunc")
+        assert "No space left" in self.run("dd", *words).stdout
 
     def free(self) -> None:
         assert self.run("rm", f"{self.folder}/fill").returncode == 0

@@ -6,13 +6,12 @@ import http.client
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -32,6 +31,7 @@ from mlplatform.promotion import alias
 from mlplatform.serving import endpoint_log, model_client, predictor, releases
 from mlplatform.serving.online_reader import OnlineReader
 from mlplatform.settings import Settings
+from mlplatform_ops.ports import free_port
 
 ROOT = Path(__file__).parents[3]
 TOKEN = "test-token"  # noqa: S105 - of servers that live for one test
@@ -41,9 +41,7 @@ BEARER = {"Authorization": f"Bearer {TOKEN}"}
 @contextmanager
 def endpoint(name: str, *, log: str = "") -> Iterator[str]:
     """Run the endpoint for a registered model on a free port, and give its address once it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "mlplatform_serving", "--port", str(port), "--model", name, "--log", log],
         cwd=ROOT / "feature_repo",
@@ -53,16 +51,19 @@ def endpoint(name: str, *, log: str = "") -> Iterator[str]:
         url = f"http://127.0.0.1:{port}"
         for _ in range(1_200):
             assert process.poll() is None, f"the endpoint ended with {process.returncode}"
-            try:
-                requests.get(f"{url}/healthz", timeout=5)
-            except requests.ConnectionError:
-                time.sleep(0.1)
-            else:
+            with suppress(requests.RequestException):
+                requests.get(f"{url}/healthz", timeout=20)
                 break
+            time.sleep(0.1)
+        else:
+            pytest.fail("the endpoint does not answer")
         yield url
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
