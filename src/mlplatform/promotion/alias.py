@@ -196,7 +196,7 @@ def mlflow_errors() -> Iterator[None]:
         if "Max retries exceeded" in reason or status in {502, 503, 504}:
             raise service_down("MLflow server", mlflow.get_tracking_uri()) from error
         raise
-    except requests.HTTPError as error:
+    except requests.RequestException as error:
         # Artifacts pass through MLflow's server, whose client does not translate what is said about them.
         if error.response is None or error.response.status_code != 404:
             raise service_down("MLflow server", mlflow.get_tracking_uri()) from error
@@ -204,5 +204,3 @@ def mlflow_errors() -> Iterator[None]:
             f"the object store has not got what the MLflow server at {mlflow.get_tracking_uri()} keeps there; "
             "run 'make up', then put a backup back, or train again"
         ) from error
-    except requests.RequestException as error:
-        raise service_down("MLflow server", mlflow.get_tracking_uri()) from error
